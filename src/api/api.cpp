@@ -1,0 +1,121 @@
+// The public C++ API over the rooms.
+#include "mlxlm/mlxlm.h"
+
+#include "api/session.h"
+#include "gen/generate.h"
+
+namespace mlxlm {
+
+struct Model::Impl {
+  Session session;
+};
+
+namespace {
+
+const char* finish_name(gen::Finish finish) {
+  switch (finish) {
+    case gen::Finish::none:
+      return "";
+    case gen::Finish::stop:
+      return "stop";
+    case gen::Finish::length:
+      return "length";
+    case gen::Finish::cancelled:
+      return "cancelled";
+  }
+  return "";
+}
+
+gen::Options to_options(const GenerateOptions& o, const text::Tokenizer& tokenizer) {
+  gen::Options options;
+  options.max_tokens = o.max_tokens;
+  options.sampler = {.temperature = o.temperature,
+                     .top_p = o.top_p,
+                     .min_p = o.min_p,
+                     .min_tokens_to_keep = o.min_tokens_to_keep,
+                     .top_k = o.top_k,
+                     .xtc_probability = o.xtc_probability,
+                     .xtc_threshold = o.xtc_threshold,
+                     .seed = o.seed};
+  if (o.xtc_probability > 0.f) {
+    options.sampler.xtc_special_tokens = tokenizer.encode("\n", true);
+    const auto& eos = tokenizer.eos_token_ids();
+    options.sampler.xtc_special_tokens.insert(options.sampler.xtc_special_tokens.end(), eos.begin(), eos.end());
+  }
+  options.processors = {.logit_bias = o.logit_bias,
+                        .repetition_penalty = o.repetition_penalty,
+                        .repetition_context_size = o.repetition_context_size,
+                        .presence_penalty = o.presence_penalty,
+                        .presence_context_size = o.presence_context_size,
+                        .frequency_penalty = o.frequency_penalty,
+                        .frequency_context_size = o.frequency_context_size};
+  options.max_kv_size_tokens = o.max_kv_size;
+  options.prefill_step_tokens = o.prefill_step_size;
+  options.stop = o.stop;
+  return options;
+}
+
+GenerationResponse to_public(const gen::Response& r) {
+  return {.text = r.text,
+          .token = r.token,
+          .logprob = r.logprob,
+          .prompt_tokens = r.prompt_tokens,
+          .generation_tokens = r.generation_tokens,
+          .prompt_tps = r.prompt_tokens_per_s,
+          .generation_tps = r.generation_tokens_per_s,
+          .peak_memory_gb = r.peak_memory_gb,
+          .finish_reason = finish_name(r.finish)};
+}
+
+gen::Response run(Model& model, const std::string& prompt, const GenerateOptions& options, bool want_logprob,
+                  const std::function<bool(const gen::Response&)>& on_response) {
+  auto& session = model.impl().session;
+  auto full = to_options(options, session.tokenizer);
+  full.want_logprob = want_logprob;
+  return gen::stream_generate(*session.loaded.model, session.tokenizer, encode_prompt(session.tokenizer, prompt), full, on_response);
+}
+
+}  // namespace
+
+Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Model::Model(Model&&) noexcept = default;
+Model& Model::operator=(Model&&) noexcept = default;
+Model::~Model() = default;
+
+std::vector<int> Model::encode(const std::string& text, bool add_special_tokens) const {
+  return impl_->session.tokenizer.encode(text, add_special_tokens);
+}
+
+std::string Model::decode(const std::vector<int>& tokens) const {
+  return impl_->session.tokenizer.decode(tokens);
+}
+
+std::string Model::chat_prompt(const std::string& user, const std::string& system) const {
+  const auto& tokenizer = impl_->session.tokenizer;
+  if (!tokenizer.has_chat_template()) return user;
+  json messages = json::array();
+  if (!system.empty()) messages.push_back({{"role", "system"}, {"content", system}});
+  messages.push_back({{"role", "user"}, {"content", user}});
+  return tokenizer.apply_chat_template(messages);
+}
+
+Model load(const std::string& path_or_repo, const LoadOptions& options) {
+  const auto path = resolve_model(path_or_repo, {.revision = options.revision, .offline = options.offline});
+  return Model(std::make_unique<Model::Impl>(Model::Impl{open_session(path)}));
+}
+
+std::string generate(Model& model, const std::string& prompt, const GenerateOptions& options) {
+  std::string text;
+  run(model, prompt, options, false, [&](const gen::Response& r) {
+    text += r.text;
+    return true;
+  });
+  return text;
+}
+
+GenerationResponse stream_generate(Model& model, const std::string& prompt, const GenerateOptions& options,
+                                   const std::function<bool(const GenerationResponse&)>& on_response) {
+  return to_public(run(model, prompt, options, true, [&](const gen::Response& r) { return on_response(to_public(r)); }));
+}
+
+}  // namespace mlxlm

@@ -1,0 +1,103 @@
+// What a layer remembers between calls. Reference: mlx_lm/models/cache.py
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include <mlx/array.h>
+
+#include "arch/model.h"
+
+namespace mlxlm::cache {
+
+namespace mx = mlx::core;
+
+/** Thread: the one that owns MLX. */
+class Cache {
+ public:
+  virtual ~Cache() = default;
+  /** Tokens seen since the beginning; the position of the next token. */
+  virtual int offset() const = 0;
+  virtual bool trimmable() const = 0;
+  /** Forgets the last n tokens; returns how many it forgot. */
+  virtual int trim(int n) = 0;
+  /** Arrays that must be evaluated to make the cache independent of the graph. */
+  virtual std::vector<mx::array> state() const = 0;
+  virtual int64_t bytes() const = 0;
+  /** A deep copy: later updates of either do not show in the other. */
+  virtual std::unique_ptr<Cache> copy() const = 0;
+};
+
+using CachePtr = std::unique_ptr<Cache>;
+using Caches = std::vector<CachePtr>;  // one a layer; null where a layer remembers nothing
+
+/** Keys and values of attention. */
+class AttentionCache : public Cache {
+ public:
+  /** k [B,K,L,E], v [B,K,L,F] -> all that queries of this call may see, [B,K,S,E] and [B,K,S,F], oldest first wherever order matters:
+   *  for L > 1 the last L are the new ones; for L = 1 all S are visible. Advances offset by L. */
+  virtual std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) = 0;
+};
+
+/** Keeps everything; grows in blocks of 256 tokens. */
+class KvCache final : public AttentionCache {
+ public:
+  std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) override;
+  int offset() const override { return offset_; }
+  bool trimmable() const override { return true; }
+  int trim(int n) override;
+  std::vector<mx::array> state() const override;
+  int64_t bytes() const override;
+  std::unique_ptr<Cache> copy() const override;
+
+ private:
+  std::optional<mx::array> keys_, values_;  // [B,K,capacity,E]
+  int offset_ = 0;
+};
+
+/** Keeps the first `keep` and the most recent tokens, `max_size` in all. */
+class RotatingKvCache final : public AttentionCache {
+ public:
+  RotatingKvCache(int max_size_tokens, int keep_tokens);
+  std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) override;
+  int offset() const override { return offset_; }
+  bool trimmable() const override { return offset_ < max_size_; }
+  int trim(int n) override;
+  std::vector<mx::array> state() const override;
+  int64_t bytes() const override;
+  std::unique_ptr<Cache> copy() const override;
+  int max_size() const { return max_size_; }
+
+ private:
+  mx::array temporal_order(const mx::array& v) const;
+  mx::array trimmed(int count, const mx::array& v, const mx::array* append) const;
+  std::optional<mx::array> keys_, values_;
+  int max_size_, keep_, offset_ = 0, index_ = 0;
+};
+
+/** Fixed-size state of recurrent layers: slot 0 = convolution tail [B, conv-1, C], slot 1 = state. */
+class RecurrentCache final : public Cache {
+ public:
+  explicit RecurrentCache(int slots) : slots_(slots) {}
+  int offset() const override { return offset_; }
+  bool trimmable() const override { return false; }
+  int trim(int) override { return 0; }
+  std::vector<mx::array> state() const override;
+  int64_t bytes() const override;
+  std::unique_ptr<Cache> copy() const override;
+  const std::optional<mx::array>& slot(int i) const { return slots_.at(i); }
+  void set_slot(int i, mx::array value) { slots_.at(i) = std::move(value); }
+  void advance(int tokens) { offset_ += tokens; }
+
+ private:
+  std::vector<std::optional<mx::array>> slots_;
+  int offset_ = 0;
+};
+
+/** One cache a layer, as plan::cache_layout says. max_kv_size > 0 bounds every full cache (keep = 4) and every window by it. */
+Caches make_caches(const arch::Model& model, int max_kv_size_tokens = 0);
+
+}  // namespace mlxlm::cache

@@ -1,0 +1,263 @@
+// mlx-lm generate: one prompt, one answer, streamed. Reference: mlx_lm/generate.py main
+#include <cctype>
+#include <cstdio>
+#include <iostream>
+#include <iterator>
+#include <optional>
+
+#include <fmt/format.h>
+
+#include "api/session.h"
+#include "base/error.h"
+#include "base/thread_pool.h"
+#include "base/utf8.h"
+#include "cli/command.h"
+#include "gen/generate.h"
+
+namespace mlxlm::cli {
+
+namespace {
+
+constexpr int kLongPromptTokens = 512;  // from here on a prompt is worth a progress line
+
+/** The options as the command line spells them; defaults are the reference's. */
+struct Arguments {
+  std::string model, adapter_path, prompt = "hello", chat_template_config, verbose = "True", prompt_cache_file, draft_model;
+  std::vector<std::string> extra_eos, images, stop;
+  std::optional<std::string> system_prompt, prefill_response;
+  bool trust_remote_code = false, ignore_chat_template = false, default_chat_template = false, quantize_activations = false, json = false;
+  int max_tokens = 100, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, kv_group_size = 64, quantized_kv_start = 5000,
+      num_draft_tokens = 3, threads = 0;
+  float temp = 0.f, top_p = 1.f, min_p = 0.f, xtc_probability = 0.f, xtc_threshold = 0.1f;
+  std::optional<int> max_kv_size, kv_bits;
+  std::optional<int64_t> seed;
+};
+
+void refuse_unsupported(const Arguments& a) {
+  const auto refuse = [](bool given, const char* option, const char* why = "not supported yet") {
+    if (given) throw Error(Code::unsupported, option, why);
+  };
+  refuse(!a.adapter_path.empty(), "--adapter-path");
+  refuse(!a.draft_model.empty(), "--draft-model");
+  refuse(!a.prompt_cache_file.empty(), "--prompt-cache-file");
+  refuse(a.kv_bits.has_value(), "--kv-bits");
+  refuse(a.quantize_activations, "--quantize-activations");
+  refuse(!a.images.empty(), "--image", "the model takes text only, wanted no images");
+}
+
+/** Reference: mlx_lm/generate.py str2bool */
+bool is_true(std::string text) {
+  for (auto& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return text != "false" && text != "f";
+}
+
+std::string replace_all(std::string text, std::string_view from, std::string_view to) {
+  for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size()) text.replace(at, from.size(), to);
+  return text;
+}
+
+/** The text of --prompt: "-" is stdin, otherwise \n and \t are escapes. */
+std::string read_prompt(const std::string& argument) {
+  if (argument != "-") return replace_all(replace_all(argument, "\\n", "\n"), "\\t", "\t");
+  std::string text(std::istreambuf_iterator<char>(std::cin), {});
+  if (std::cin.bad()) throw Error(Code::io, "stdin", "could not be read");
+  return text;
+}
+
+json template_variables(const std::string& text) {
+  if (text.empty()) return json::object();
+  json variables = parse_json(text, "--chat-template-config");
+  if (!variables.is_object()) throw Error(Code::bad_request, "--chat-template-config", "wanted a JSON object");
+  return variables;
+}
+
+std::vector<int> prompt_tokens(const Arguments& a, const text::Tokenizer& tokenizer, const std::string& text, const json& variables) {
+  std::vector<int> tokens;
+  if (!a.ignore_chat_template && tokenizer.has_chat_template()) {
+    if (text.empty() && !a.system_prompt && !a.prefill_response) {
+      throw Error(Code::bad_request, "prompt", "got an empty text, wanted a message");
+    }
+    json messages = json::array();
+    if (a.system_prompt) messages.push_back({{"role", "system"}, {"content", *a.system_prompt}});
+    messages.push_back({{"role", "user"}, {"content", text}});
+    if (a.prefill_response) messages.push_back({{"role", "assistant"}, {"content", *a.prefill_response}});
+    text::TemplateOptions options;
+    options.add_generation_prompt = !a.prefill_response;
+    options.continue_final_message = a.prefill_response.has_value();
+    options.extra = variables;
+    tokens = tokenizer.encode(tokenizer.apply_chat_template(messages, options), false);
+  } else {
+    tokens = tokenizer.encode(text, true);
+  }
+  if (tokens.empty()) throw Error(Code::bad_request, "prompt", "got an empty text, wanted at least one token");
+  return tokens;
+}
+
+/** What can be known before a model is loaded. */
+gen::Options to_options(const Arguments& a) {
+  gen::Options options;
+  options.max_tokens = a.max_tokens;
+  options.sampler = {.temperature = a.temp,
+                     .top_p = a.top_p,
+                     .min_p = a.min_p,
+                     .min_tokens_to_keep = a.min_tokens_to_keep,
+                     .top_k = a.top_k,
+                     .xtc_probability = a.xtc_probability,
+                     .xtc_threshold = a.xtc_threshold};
+  if (a.seed) {
+    if (*a.seed < 0) throw Error(Code::bad_request, "seed", fmt::format("got {}, wanted 0 or more", *a.seed));
+    options.sampler.seed = static_cast<uint64_t>(*a.seed);
+  }
+  sample::check(options.sampler);
+  if (a.max_tokens == 0 || a.max_tokens < -1) {
+    throw Error(Code::bad_request, "max_tokens", fmt::format("got {}, wanted at least 1, or -1 for no limit", a.max_tokens));
+  }
+  if (a.max_kv_size && *a.max_kv_size < 1) {
+    throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted at least 1", *a.max_kv_size));
+  }
+  if (a.prefill_step_size < 1) {
+    throw Error(Code::bad_request, "prefill_step_size", fmt::format("got {}, wanted at least 1", a.prefill_step_size));
+  }
+  options.max_kv_size_tokens = a.max_kv_size.value_or(0);
+  options.prefill_step_tokens = a.prefill_step_size;
+  options.stop = a.stop;
+  options.cancel = &InterruptGuard::flag();
+  return options;
+}
+
+const char* finish_name(gen::Finish finish) {
+  return finish == gen::Finish::stop        ? "stop"
+         : finish == gen::Finish::length    ? "length"
+         : finish == gen::Finish::cancelled ? "cancelled"
+                                            : "";
+}
+
+void print_json(const std::string& text, const std::vector<int>& tokens, const gen::Response& last, const std::string& model) {
+  const json result{{"model", model},
+                    {"text", to_valid_utf8(text)},
+                    {"tokens", tokens},
+                    {"finish_reason", finish_name(last.finish)},
+                    {"prompt_tokens", last.prompt_tokens},
+                    {"prompt_tps", last.prompt_tokens_per_s},
+                    {"generation_tokens", last.generation_tokens},
+                    {"generation_tps", last.generation_tokens_per_s},
+                    {"peak_memory_gb", last.peak_memory_gb}};
+  fmt::print("{}\n", to_text(result));
+}
+
+void print_statistics(bool any_text, const gen::Response& last) {
+  fmt::print("==========\n");
+  if (!any_text) {
+    fmt::print("No text generated for this prompt\n");
+    if (last.finish != gen::Finish::cancelled) return;
+  }
+  fmt::print("Prompt: {} tokens, {:.3f} tokens-per-sec\n", last.prompt_tokens, last.prompt_tokens_per_s);
+  fmt::print("Generation: {} tokens, {:.3f} tokens-per-sec\n", last.generation_tokens, last.generation_tokens_per_s);
+  fmt::print("Peak memory: {:.3f} GB\n", last.peak_memory_gb);
+}
+
+int run(const Arguments& a) {
+  refuse_unsupported(a);
+  auto options = to_options(a);
+  const auto variables = template_variables(a.chat_template_config);
+  const auto text = read_prompt(a.prompt);
+  if (a.threads < 0) throw Error(Code::bad_request, "--threads", fmt::format("got {}, wanted 0 (all cores) or more", a.threads));
+  if (a.threads > 0) set_compute_threads(a.threads);
+
+  const auto path = find_model(a.model);
+  StatusLine line;
+  line.show(fmt::format("Loading {}", path.string()));
+  auto session = open_session(path);
+  line.clear();
+  for (const auto& token : a.extra_eos) session.tokenizer.add_eos_token(token);
+  const auto prompt = prompt_tokens(a, session.tokenizer, text, variables);
+  const auto& eos = session.tokenizer.eos_token_ids();
+  if (a.xtc_probability > 0.f) {
+    auto special = session.tokenizer.encode("\n", true);
+    special.insert(special.end(), eos.begin(), eos.end());
+    options.sampler.xtc_special_tokens = std::move(special);
+  }
+  options.on_prefill = [&](int processed, int total) {
+    if (processed == total) {
+      line.clear();
+    } else if (total >= kLongPromptTokens) {
+      line.show(fmt::format("Prompt: {} of {} tokens", processed, total));
+    }
+  };
+
+  const bool verbose = is_true(a.verbose) && !a.json;
+  if (verbose) fmt::print("==========\n");
+  std::fflush(stdout);
+  std::string answer;
+  std::vector<int> tokens;
+  const InterruptGuard guard;
+  const auto last = gen::stream_generate(*session.loaded.model, session.tokenizer, prompt, options, [&](const gen::Response& r) {
+    answer += r.text;
+    if (r.generation_tokens > 0 && !eos.contains(r.token)) tokens.push_back(r.token);
+    if (!a.json && !r.text.empty()) {
+      std::fwrite(r.text.data(), 1, r.text.size(), stdout);
+      if (std::fflush(stdout) != 0) throw Error(Code::io, "stdout", "could not be written");
+    }
+    return true;
+  });
+  line.clear();
+  if (a.json) {
+    print_json(answer, tokens, last, path.string());
+  } else {
+    fmt::print("\n");
+    if (verbose) print_statistics(!answer.empty(), last);
+  }
+  return last.finish == gen::Finish::cancelled ? exit_status(Code::cancelled) : 0;
+}
+
+void add_sampling(CLI::App& c, Arguments& a) {
+  c.add_option("-m,--max-tokens", a.max_tokens, "Most tokens to generate; -1 = no limit")->capture_default_str();
+  c.add_option("--temp", a.temp, "Sampling temperature; 0 = the most likely token")->capture_default_str();
+  c.add_option("--top-p", a.top_p, "Sampling top-p")->capture_default_str();
+  c.add_option("--min-p", a.min_p, "Sampling min-p")->capture_default_str();
+  c.add_option("--top-k", a.top_k, "Sampling top-k; 0 = off")->capture_default_str();
+  c.add_option("--xtc-probability", a.xtc_probability, "Probability of XTC for each token")->capture_default_str();
+  c.add_option("--xtc-threshold", a.xtc_threshold, "Probability that makes a token a candidate of XTC")->capture_default_str();
+  c.add_option("--min-tokens-to-keep", a.min_tokens_to_keep, "Tokens that min-p keeps at least")->capture_default_str();
+  c.add_option("--seed", a.seed, "Seed of the sampler; random when not given");
+  c.add_option("--stop", a.stop, "Texts that end the answer");
+}
+
+void add_cache(CLI::App& c, Arguments& a) {
+  c.add_option("--max-kv-size", a.max_kv_size, "Most tokens that the cache holds; unbounded when not given");
+  c.add_option("--prefill-step-size", a.prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
+  c.add_option("--prompt-cache-file", a.prompt_cache_file, "Saved cache to continue from (not supported yet)");
+  c.add_flag("--quantize-activations", a.quantize_activations, "Quantize activations, also -qa (not supported yet)");
+  c.add_option("--kv-bits", a.kv_bits, "Bits of a quantized cache (not supported yet)");
+  c.add_option("--kv-group-size", a.kv_group_size, "Group size of a quantized cache")->capture_default_str();
+  c.add_option("--quantized-kv-start", a.quantized_kv_start, "Tokens before the cache is quantized")->capture_default_str();
+  c.add_option("--draft-model", a.draft_model, "Model for speculative decoding (not supported yet)");
+  c.add_option("--num-draft-tokens", a.num_draft_tokens, "Tokens to draft")->capture_default_str();
+  c.add_option("--threads", a.threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
+}
+
+}  // namespace
+
+void add_generate(CLI::App& app, Action& action) {
+  auto a = std::make_shared<Arguments>();
+  auto& c = *app.add_subcommand("generate", "Generate text from a prompt");
+  c.add_option("--model", a->model, "Folder, .gguf file or repository (org/name); the default model when not given");
+  c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
+  c.add_option("--adapter-path", a->adapter_path, "Trained adapter (not supported yet)");
+  c.add_option("--extra-eos-token", a->extra_eos, "Tokens, or their ids, that also end the answer");
+  c.add_option("--system-prompt", a->system_prompt, "System message for the chat template");
+  c.add_option("-p,--prompt", a->prompt, "Message to the model; \\n and \\t are escapes; '-' reads stdin")->capture_default_str();
+  c.add_option("--image", a->images, "Image files (models that take images are not supported yet)");
+  c.add_option("--prefill-response", a->prefill_response, "Beginning of the answer, to be continued");
+  add_sampling(c, *a);
+  c.add_flag("--ignore-chat-template", a->ignore_chat_template, "Use the prompt as it is");
+  c.add_flag("--use-default-chat-template", a->default_chat_template, "Accepted for compatibility, without effect");
+  c.add_option("--chat-template-config", a->chat_template_config, "JSON object of further variables for the chat template");
+  c.add_option("--verbose", a->verbose, "False or F: print the answer only")->capture_default_str();
+  add_cache(c, *a);
+  c.add_flag("--json", a->json, "Print one JSON object: text, tokens, finish_reason, counts and speeds");
+  c.footer("Example:\n  mlx-lm generate --model org/name --prompt \"Why is the sky blue?\" --max-tokens 200 --temp 0.7");
+  c.callback([a, &action] { action = [a] { return run(*a); }; });
+}
+
+}  // namespace mlxlm::cli

@@ -1,0 +1,52 @@
+// Prefill and decode for one sequence. Reference: mlx_lm/generate.py generate_step, stream_generate
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "model/causal_model.h"
+#include "sample/sample.h"
+#include "text/tokenizer.h"
+
+namespace mlxlm::gen {
+
+namespace mx = mlx::core;
+
+struct Options {
+  int max_tokens = 256;  // -1 = until a stop
+  sample::SamplerOptions sampler{};
+  sample::ProcessorOptions processors{};
+  int prefill_step_tokens = 2048;
+  int max_kv_size_tokens = 0;  // 0 = unbounded
+  std::vector<std::string> stop{};
+  bool ignore_eos = false;
+  bool want_logprob = false;   // of the chosen token; costs a logsumexp when greedy
+  bool want_logprobs = false;  // the whole vector for each token
+  std::function<void(int processed, int total)> on_prefill{};
+  const std::atomic<bool>* cancel = nullptr;  // set from a signal handler or another thread
+};
+
+enum class Finish { none, stop, length, cancelled };
+
+/** What one token brought. */
+struct Response {
+  std::string text;  // since the last response; may be empty
+  int token = 0;
+  float logprob = 0.f;            // only when wanted
+  std::vector<float> logprobs{};  // [V], only when wanted
+  Finish finish = Finish::none;
+  int prompt_tokens = 0, generation_tokens = 0;
+  double prompt_tokens_per_s = 0, generation_tokens_per_s = 0;
+  double peak_memory_gb = 0;  // 1e9 bytes; on the CPU of the whole process, on a GPU of MLX's allocator
+};
+
+/** Calls on_response once for each token, the end-of-text token included; the last call has `finish` set and the rest of the text.
+ *  When on_response returns false, or `cancel` is set, generation ends with Finish::cancelled. `caches` may be given to continue from (they
+ *  then hold every token that was delivered); else fresh ones are made. Returns the last response.
+ *  Throws Error(bad_request): empty prompt, token out of the vocabulary; Error(out_of_memory) before prefill with both figures. */
+Response stream_generate(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<int>& prompt,
+                         const Options& options, const std::function<bool(const Response&)>& on_response, cache::Caches* caches = nullptr);
+
+}  // namespace mlxlm::gen

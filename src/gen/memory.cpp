@@ -1,0 +1,111 @@
+// Reads the limits of host and control group; sizes caches from the plan.
+#include "gen/memory.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <fstream>
+#include <string>
+
+#include <fmt/format.h>
+#include <sys/resource.h>
+
+#include "base/error.h"
+#include "plan/plan.h"
+
+namespace mlxlm::gen {
+
+namespace {
+
+std::optional<int64_t> read_number(const std::string& path) {
+  std::ifstream file(path);
+  int64_t value = 0;
+  if (file >> value) return value;  // "max" fails to parse: no limit
+  return std::nullopt;
+}
+
+/** A field of a "name value" or "name: value kB" file. */
+std::optional<int64_t> read_field(const std::string& path, const std::string& name) {
+  std::ifstream file(path);
+  std::string word;
+  int64_t value = 0;
+  while (file >> word) {
+    if (word == name && file >> value) return value;
+  }
+  return std::nullopt;
+}
+
+/** Page cache counts as used by the group but is given back under pressure. */
+std::optional<int64_t> group_available(const std::string& folder, const char* limit_file, const char* usage_file, const char* cache_field) {
+  const auto limit = read_number(folder + "/" + limit_file), used = read_number(folder + "/" + usage_file);
+  if (!limit || !used || *limit > (int64_t{1} << 60)) return std::nullopt;
+  return std::max<int64_t>(0, *limit - *used + read_field(folder + "/memory.stat", cache_field).value_or(0));
+}
+
+std::optional<int64_t> cgroup_available() {
+  std::optional<int64_t> least;
+  const auto take = [&](std::optional<int64_t> value) {
+    if (value) least = least ? std::min(*least, *value) : *value;
+  };
+  take(group_available("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"));
+  std::ifstream file("/proc/self/cgroup");
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with("0::")) continue;
+    std::string group = line.substr(3);
+    while (true) {
+      take(group_available("/sys/fs/cgroup" + group, "memory.max", "memory.current", "inactive_file"));
+      const auto slash = group.rfind('/');
+      if (slash == std::string::npos || group.empty()) break;
+      group.resize(slash);
+    }
+  }
+  return least;
+}
+
+}  // namespace
+
+std::optional<int64_t> available_bytes() {
+  if (const char* text = std::getenv("MLXLM_MEMORY_BYTES")) {
+    char* end = nullptr;
+    const long long value = std::strtoll(text, &end, 10);
+    if (end == text || *end || value < 0) {
+      throw Error(Code::bad_request, "MLXLM_MEMORY_BYTES", fmt::format("got '{}', wanted a number of bytes", text));
+    }
+    return value;
+  }
+  auto free = read_field("/proc/meminfo", "MemAvailable:");
+  if (free) *free *= 1024;
+  const auto group = cgroup_available();
+  if (free && group) return std::min(*free, *group);
+  return free ? free : group;
+}
+
+int64_t peak_resident_bytes() {
+  rusage usage{};
+  if (getrusage(RUSAGE_SELF, &usage) != 0) return 0;
+#ifdef __APPLE__
+  return usage.ru_maxrss;
+#else
+  return static_cast<int64_t>(usage.ru_maxrss) * 1024;
+#endif
+}
+
+int64_t cache_bytes(const arch::Model& model, int64_t tokens, int max_kv_size_tokens, int value_bytes) {
+  int64_t values = 0;
+  for (const auto& layer : plan::cache_layout(model)) {
+    int64_t held = tokens;
+    if (layer.kind == plan::CacheKind::rotating) held = std::min<int64_t>(held, layer.window_tokens);
+    if (max_kv_size_tokens > 0) held = std::min<int64_t>(held, max_kv_size_tokens);
+    values += layer.values_fixed + held * layer.values_per_token;
+  }
+  return values * value_bytes;
+}
+
+void check_available(int64_t needed_bytes, int64_t tokens) {
+  const auto free = available_bytes();
+  if (!free || needed_bytes <= *free) return;
+  throw Error(Code::out_of_memory, "prompt",
+              fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB; wanted a shorter prompt or a --max-kv-size",
+                          tokens, static_cast<double>(needed_bytes) / 1e9, static_cast<double>(*free) / 1e9));
+}
+
+}  // namespace mlxlm::gen

@@ -1,0 +1,72 @@
+// The inner loops, compiled once for each instruction set; plain pointers only.
+#pragma once
+
+#include <cstdint>
+
+namespace mlxlm::kernels::cpu {
+
+enum class Storage : uint8_t { f32, f16, bf16 };
+
+/** Quantized rows in panels of 16: for each group of K, the codes (4 bits: one dword of 8 codes a row; 8 bits: one dword of 4), lane-interleaved,
+ *  then 16 scales and 16 biases. value = scale * code + bias. */
+struct Panels {
+  const uint8_t* data = nullptr;
+  int k = 0, group = 0, bits = 0;  // bits 4 or 8
+  Storage scales = Storage::f32;
+  int scale_bytes() const { return scales == Storage::f32 ? 4 : 2; }
+  int64_t group_bytes() const { return int64_t(group) * bits / 32 * 64 + 2 * 16 * scale_bytes(); }
+  int64_t panel_bytes() const { return group_bytes() * (k / group); }
+};
+
+/** Rows of activations in both forms that the panel kernels read. */
+struct Activations {
+  const float* x = nullptr;       // [m][k]
+  const float* sums = nullptr;    // [m][groups] sum of x over each group
+  const int8_t* digits = nullptr; // [m][2][k]: x = step * (128 * high + low), permuted for 4-bit codes; null = use x
+  const float* steps = nullptr;   // [m][groups]
+  const float* digit_sums = nullptr;  // [m][groups] sum of the rounded x
+  int k = 0, groups = 0;
+};
+
+/** Attention of `rows` queries (at most 4) over keys [0, visible[r]) of one kv head. */
+struct AttentionTile {
+  const float* q[4];      // [e], scaled
+  float* out[4];          // [f]
+  int first[4], visible[4];
+  int rows = 0, e = 0, f = 0;
+  const void *k = nullptr, *v = nullptr;  // [s][e], [s][f]
+  int64_t k_stride = 0, v_stride = 0;     // elements between keys
+  Storage storage = Storage::f32;
+  float softcap = 0.f;
+  float* scores = nullptr;  // 4 * stride
+  int64_t score_stride = 0;
+};
+
+struct Isa {
+  const char* name;
+  bool uses_digits;
+  /** c[m][0..16) of one panel for rows [m0, m0 + count), c has `ldc` floats a row. */
+  void (*panel)(const Panels& p, const uint8_t* panel, const Activations& a, int m0, int count, float* c, int64_t ldc);
+  /** Quantizes one row for the digits form. */
+  void (*make_digits)(const float* x, int k, int group, int bits, int8_t* digits, float* steps, float* sums);
+  void (*group_sums)(const float* x, int k, int group, float* sums);
+  /** c[m][n] for rows m of x [m][k] and `count` weight rows at w (at most 4). */
+  void (*dense)(const void* w, Storage storage, int64_t row_stride, int count, const float* x, int m, int k, float* c, int64_t ldc);
+  void (*attention)(const AttentionTile& t);
+  void (*load)(const void* from, Storage storage, float* to, int64_t count);
+  void (*store)(const float* from, Storage storage, void* to, int64_t count);
+  void (*rms_norm)(const float* x, const float* weight, float eps, int dims, float* out);  // weight may be null
+  void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);         // up may be null
+  void (*gelu_tanh_mul)(const float* gate, const float* up, float* out, int64_t count);
+};
+
+const Isa& isa_generic();
+#if defined(__x86_64__)
+const Isa& isa_avx2();
+const Isa& isa_avx512();
+#endif
+
+/** The best that this machine runs, or what MLXLM_CPU_ISA names. */
+const Isa& isa();
+
+}  // namespace mlxlm::kernels::cpu

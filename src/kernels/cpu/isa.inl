@@ -1,0 +1,536 @@
+// The inner loops on vectors of 16 floats (GCC and Clang vector extensions: one source for AVX-512, AVX2, NEON and plain C++).
+// Included by isa_<name>.cpp, each compiled with its own flags. Only C headers here: inline functions of the standard library
+// compiled with these flags could end up in code that runs on any machine.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "kernels/cpu/isa.h"
+
+namespace mlxlm::kernels::cpu {
+namespace {
+
+typedef float F __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+
+inline F load(const float* p) {
+  F v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, F v) { memcpy(p, &v, sizeof v); }
+inline F set(float x) { return F{} + x; }
+inline F select(I mask, F a, F b) { return (F)((mask & (I)a) | (~mask & (I)b)); }
+inline F vmax(F a, F b) { return select(a > b, a, b); }
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
+  uint32_t bits;
+  if (exponent == 31) {
+    bits = sign | 0x7F800000u | (mantissa << 13);
+  } else if (exponent != 0) {
+    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  } else {
+    const float value = float(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+    memcpy(&bits, &value, 4);
+    bits |= sign;
+  }
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline uint16_t float_to_half(float f) {
+  uint32_t x;
+  memcpy(&x, &f, 4);
+  const uint32_t sign = (x >> 16) & 0x8000u;
+  x &= 0x7FFFFFFFu;
+  if (x >= 0x7F800000u) return uint16_t(sign | 0x7C00u | (x > 0x7F800000u ? 0x200u : 0u));
+  if (x >= 0x477FF000u) return uint16_t(sign | 0x7C00u);
+  if (x < 0x38800000u) {  // subnormal: the addition rounds to nearest even
+    float a;
+    memcpy(&a, &x, 4);
+    a += 0.5f;
+    uint32_t r;
+    memcpy(&r, &a, 4);
+    return uint16_t(sign | (r - 0x3F000000u));
+  }
+  x += 0xC8000FFFu + ((x >> 13) & 1u);
+  return uint16_t(sign | (x >> 13));
+}
+
+inline uint16_t float_to_bf16(float f) {
+  uint32_t x;
+  memcpy(&x, &f, 4);
+  if ((x & 0x7FFFFFFFu) > 0x7F800000u) return uint16_t((x >> 16) | 0x40u);
+  return uint16_t((x + 0x7FFFu + ((x >> 16) & 1u)) >> 16);
+}
+
+/** 16 values at element `i`. */
+inline F load_any(const void* p, Storage s, int64_t i) {
+  if (s == Storage::f32) return load(static_cast<const float*>(p) + i);
+  const uint16_t* h = static_cast<const uint16_t*>(p) + i;
+#if defined(__AVX512F__)
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(h));
+  if (s == Storage::f16) return (F)_mm512_cvtph_ps(raw);
+  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+#elif defined(__F16C__)
+  if (s == Storage::f16) {
+    F v;
+    const __m256 a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h)));
+    const __m256 b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h + 8)));
+    memcpy(&v, &a, 32);
+    memcpy(reinterpret_cast<char*>(&v) + 32, &b, 32);
+    return v;
+  }
+#endif
+  F v;
+  if (s == Storage::f16) {
+    for (int l = 0; l < 16; ++l) v[l] = half_to_float(h[l]);
+    return v;
+  }
+  U bits;
+  for (int l = 0; l < 16; ++l) bits[l] = uint32_t(h[l]) << 16;
+  return (F)bits;
+}
+
+inline float load_one(const void* p, Storage s, int64_t i) {
+  if (s == Storage::f32) return static_cast<const float*>(p)[i];
+  const uint16_t h = static_cast<const uint16_t*>(p)[i];
+  if (s == Storage::f16) return half_to_float(h);
+  const uint32_t bits = uint32_t(h) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+/** The sum in one fixed order. */
+inline float sum(F v) {
+  float t[16];
+  memcpy(t, &v, sizeof v);
+  for (int w = 8; w > 0; w /= 2) {
+    for (int l = 0; l < w; ++l) t[l] += t[l + w];
+  }
+  return t[0];
+}
+
+inline F vexp(F x) {
+  x = select(x < -87.3f, set(-87.3f), x);
+  x = select(x > 88.f, set(88.f), x);
+  const F z = x * 1.44269504f;
+  const I n = __builtin_convertvector(z + select(z < 0.f, set(-0.5f), set(0.5f)), I);
+  const F fn = __builtin_convertvector(n, F);
+  F r = x - fn * 0.693359375f;
+  r = r - fn * -2.12194440e-4f;
+  F p = set(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + (r + 1.f);
+  return p * (F)((n + 127) << 23);
+}
+
+inline float exp_one(float x) {
+  const F v = vexp(set(x));
+  return v[0];
+}
+
+// ---- quantized panels ----------------------------------------------------------------------------------------------
+
+inline F panel_scale(const uint8_t* p, Storage s, int which) { return load_any(p, s, 16 * which); }
+
+inline void prefetch_group(const uint8_t* p, int64_t bytes) {
+  constexpr int64_t ahead = 4096;  // ../../../docs/performance.md
+  for (int64_t z = 0; z < bytes; z += 64) __builtin_prefetch(p + ahead + z);
+}
+
+/** Exact: f32 activations, R rows at once. */
+template <int BITS, int R>
+void panel_exact(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
+  const int dwords = p.group * BITS / 32, groups = p.k / p.group;
+  const int64_t group_bytes = p.group_bytes();
+  F total[R];
+  for (int i = 0; i < R; ++i) total[i] = F{};
+  for (int g = 0; g < groups; ++g, panel += group_bytes) {
+    prefetch_group(panel, group_bytes);
+    F t[R];
+    for (int i = 0; i < R; ++i) t[i] = F{};
+    const float* x = a.x + int64_t(m0) * a.k + g * p.group;
+    for (int d = 0; d < dwords; ++d) {
+      U w;
+      memcpy(&w, panel + d * 64, 64);
+      constexpr int per = 32 / BITS;
+#pragma GCC unroll 8
+      for (int j = 0; j < per; ++j) {
+        const F code = __builtin_convertvector((I)((w >> (BITS * j)) & uint32_t((1 << BITS) - 1)), F);
+        for (int i = 0; i < R; ++i) t[i] += code * x[int64_t(i) * a.k + d * per + j];
+      }
+    }
+    const F scale = panel_scale(panel + dwords * 64, p.scales, 0), bias = panel_scale(panel + dwords * 64, p.scales, 1);
+    for (int i = 0; i < R; ++i) {
+      total[i] += t[i] * scale;
+      total[i] += bias * a.sums[int64_t(m0 + i) * a.groups + g];
+    }
+  }
+  for (int i = 0; i < R; ++i) store(c + int64_t(i) * ldc, total[i]);
+}
+
+#if defined(__AVX512VNNI__)
+inline __m512i broadcast(const int8_t* p) {
+  int32_t v;
+  memcpy(&v, p, 4);
+  return _mm512_set1_epi32(v);
+}
+
+/** Two digits of 8 bits for each activation: relative error about 4e-5, nearly as fast as one digit where memory is the limit. */
+template <int BITS, int R>
+void panel_digits(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
+  const int dwords = p.group * BITS / 32, groups = p.k / p.group;
+  const int64_t group_bytes = p.group_bytes(), row = 2 * int64_t(a.k);
+  const __m512i low4 = _mm512_set1_epi8(15);
+  __m512 total[R];
+#pragma GCC unroll 12
+  for (int i = 0; i < R; ++i) total[i] = _mm512_setzero_ps();
+  const int8_t* x = a.digits + int64_t(m0) * row;
+  for (int g = 0; g < groups; ++g, panel += group_bytes, x += p.group) {
+    prefetch_group(panel, group_bytes);
+    __m512i high[R], low[R];
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) high[i] = low[i] = _mm512_setzero_si512();
+    for (int d = 0; d < dwords; ++d) {
+      const __m512i w = _mm512_loadu_si512(panel + d * 64);
+      if constexpr (BITS == 4) {
+        const __m512i even = _mm512_and_si512(w, low4), odd = _mm512_and_si512(_mm512_srli_epi16(w, 4), low4);
+#pragma GCC unroll 12
+        for (int i = 0; i < R; ++i) {
+          const int8_t* xi = x + i * row + d * 8;
+          high[i] = _mm512_dpbusd_epi32(high[i], even, broadcast(xi));
+          low[i] = _mm512_dpbusd_epi32(low[i], even, broadcast(xi + a.k));
+          high[i] = _mm512_dpbusd_epi32(high[i], odd, broadcast(xi + 4));
+          low[i] = _mm512_dpbusd_epi32(low[i], odd, broadcast(xi + a.k + 4));
+        }
+      } else {
+#pragma GCC unroll 12
+        for (int i = 0; i < R; ++i) {
+          const int8_t* xi = x + i * row + d * 4;
+          high[i] = _mm512_dpbusd_epi32(high[i], w, broadcast(xi));
+          low[i] = _mm512_dpbusd_epi32(low[i], w, broadcast(xi + a.k));
+        }
+      }
+    }
+    const __m512 scale = (__m512)panel_scale(panel + dwords * 64, p.scales, 0), bias = (__m512)panel_scale(panel + dwords * 64, p.scales, 1);
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) {
+      const int64_t at = int64_t(m0 + i) * a.groups + g;
+      const __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[i], 7), low[i]));
+      total[i] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, _mm512_set1_ps(a.steps[at])), total[i]);
+      total[i] = _mm512_fmadd_ps(bias, _mm512_set1_ps(a.digit_sums[at]), total[i]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < R; ++i) _mm512_storeu_ps(c + int64_t(i) * ldc, total[i]);
+}
+#endif
+
+template <int BITS, int R>
+inline void panel_rows(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
+#if defined(__AVX512VNNI__)
+  if (a.digits != nullptr) return panel_digits<BITS, R>(p, panel, a, m0, c, ldc);
+#endif
+  panel_exact<BITS, R>(p, panel, a, m0, c, ldc);
+}
+
+template <int BITS>
+void panel_bits(const Panels& p, const uint8_t* panel, const Activations& a, int m0, int count, float* c, int64_t ldc) {
+  while (count > 0) {
+    const int rows = count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
+    if (rows == 8) panel_rows<BITS, 8>(p, panel, a, m0, c, ldc);
+    else if (rows == 4) panel_rows<BITS, 4>(p, panel, a, m0, c, ldc);
+    else if (rows == 2) panel_rows<BITS, 2>(p, panel, a, m0, c, ldc);
+    else panel_rows<BITS, 1>(p, panel, a, m0, c, ldc);
+    m0 += rows;
+    count -= rows;
+    c += rows * ldc;
+  }
+}
+
+void panel_kernel(const Panels& p, const uint8_t* panel, const Activations& a, int m0, int count, float* c, int64_t ldc) {
+  if (p.bits == 4) panel_bits<4>(p, panel, a, m0, count, c, ldc);
+  else panel_bits<8>(p, panel, a, m0, count, c, ldc);
+}
+
+void make_digits_kernel(const float* x, int k, int group, int bits, int8_t* digits, float* steps, float* sums) {
+  constexpr float most = 16256.f;  // 127 * 128
+  for (int g = 0; g < k / group; ++g) {
+    const float* xg = x + g * group;
+    float peak = 0.f;
+    for (int i = 0; i < group; ++i) peak = fabsf(xg[i]) > peak ? fabsf(xg[i]) : peak;
+    const float step = peak / most, inverse = peak > 0.f && step > 0.f ? most / peak : 0.f;
+    int32_t total = 0;
+    for (int i = 0; i < group; ++i) {
+      const float scaled = xg[i] * inverse;
+      const int32_t q = int32_t(scaled + (scaled < 0.f ? -0.5f : 0.5f));
+      const int32_t high = (q + 64) >> 7;
+      total += q;
+      // 4-bit codes: even elements of 8 stand in low nibbles, odd ones in high nibbles.
+      const int at = bits == 4 ? (i & ~7) + ((i & 1) << 2) + ((i & 7) >> 1) : i;
+      digits[g * group + at] = int8_t(high);
+      digits[k + g * group + at] = int8_t(q - high * 128);
+    }
+    // A NaN or infinite activation must reach the result.
+    steps[g] = step;
+    sums[g] = step * float(total);
+    for (int i = 0; i < group; ++i) {
+      if (!(fabsf(xg[i]) <= 3.4e38f)) steps[g] = sums[g] = NAN;
+    }
+  }
+}
+
+void group_sums_kernel(const float* x, int k, int group, float* sums) {
+  for (int g = 0; g < k / group; ++g) {
+    F t = F{};
+    for (int i = 0; i < group; i += 16) t += load(x + g * group + i);
+    sums[g] = sum(t);
+  }
+}
+
+// ---- dense ---------------------------------------------------------------------------------------------------------
+
+template <int N, int R>
+void dense_tile(const void* w, Storage s, int64_t row_stride, const float* x, int k, float* c, int64_t ldc) {
+  F t[N][R];
+  for (int n = 0; n < N; ++n) {
+    for (int i = 0; i < R; ++i) t[n][i] = F{};
+  }
+  int j = 0;
+  for (; j + 16 <= k; j += 16) {
+    F xv[R];
+    for (int i = 0; i < R; ++i) xv[i] = load(x + int64_t(i) * k + j);
+    for (int n = 0; n < N; ++n) {
+      const F wv = load_any(w, s, n * row_stride + j);
+      for (int i = 0; i < R; ++i) t[n][i] += wv * xv[i];
+    }
+  }
+  for (int n = 0; n < N; ++n) {
+    for (int i = 0; i < R; ++i) {
+      float total = sum(t[n][i]);
+      for (int z = j; z < k; ++z) total += load_one(w, s, n * row_stride + z) * x[int64_t(i) * k + z];
+      c[int64_t(i) * ldc + n] = total;
+    }
+  }
+}
+
+template <int N>
+void dense_rows(const void* w, Storage s, int64_t row_stride, const float* x, int m, int k, float* c, int64_t ldc) {
+  while (m > 0) {
+    const int rows = m >= 4 ? 4 : m >= 2 ? 2 : 1;
+    if (rows == 4) dense_tile<N, 4>(w, s, row_stride, x, k, c, ldc);
+    else if (rows == 2) dense_tile<N, 2>(w, s, row_stride, x, k, c, ldc);
+    else dense_tile<N, 1>(w, s, row_stride, x, k, c, ldc);
+    x += int64_t(rows) * k;
+    c += rows * ldc;
+    m -= rows;
+  }
+}
+
+void dense_kernel(const void* w, Storage s, int64_t row_stride, int count, const float* x, int m, int k, float* c, int64_t ldc) {
+  const int64_t bytes = s == Storage::f32 ? 4 : 2;
+  const char* at = static_cast<const char*>(w);
+  if (count == 4) return dense_rows<4>(at, s, row_stride, x, m, k, c, ldc);
+  for (int n = 0; n < count; ++n) dense_rows<1>(at + n * row_stride * bytes, s, row_stride, x, m, k, c + n, ldc);
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------
+
+template <int R>
+void scores_of(const AttentionTile& t, int from, int to) {
+  for (int s = from; s < to; s += 4) {
+    const int keys = to - s < 4 ? to - s : 4;
+    F acc[R][4];
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < 4; ++n) acc[r][n] = F{};
+    }
+    int j = 0;
+    for (; j + 16 <= t.e; j += 16) {
+      F qv[R];
+      for (int r = 0; r < R; ++r) qv[r] = load(t.q[r] + j);
+      for (int n = 0; n < keys; ++n) {
+        const F kv = load_any(t.k, t.storage, (s + n) * t.k_stride + j);
+        for (int r = 0; r < R; ++r) acc[r][n] += qv[r] * kv;
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < keys; ++n) {
+        float total = sum(acc[r][n]);
+        for (int z = j; z < t.e; ++z) total += t.q[r][z] * load_one(t.k, t.storage, (s + n) * t.k_stride + z);
+        t.scores[r * t.score_stride + s + n] = t.softcap > 0.f ? tanhf(total / t.softcap) * t.softcap : total;
+      }
+    }
+  }
+}
+
+/** Scores of a row to weights over [first, visible), zero elsewhere in [from, to). Returns 1 / sum. */
+float softmax_row(float* s, int first, int visible, int from, int to) {
+  float peak = -INFINITY;
+  for (int j = first; j < visible; ++j) peak = s[j] > peak ? s[j] : peak;
+  for (int j = from; j < first; ++j) s[j] = 0.f;
+  for (int j = visible; j < to; ++j) s[j] = 0.f;
+  F total = F{};
+  int j = first;
+  for (; j + 16 <= visible; j += 16) {
+    const F e = vexp(load(s + j) - peak);
+    store(s + j, e);
+    total += e;
+  }
+  float rest = sum(total);
+  for (; j < visible; ++j) {
+    s[j] = exp_one(s[j] - peak);
+    rest += s[j];
+  }
+  if (peak != peak) return NAN;
+  return 1.f / rest;
+}
+
+template <int R>
+void weighted_values(const AttentionTile& t, int from, int to, const float* inverse) {
+  int j = 0;
+  for (; j + 64 <= t.f; j += 64) {
+    F acc[R][4];
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < 4; ++n) acc[r][n] = F{};
+    }
+    for (int s = from; s < to; ++s) {
+      F v[4];
+      for (int n = 0; n < 4; ++n) v[n] = load_any(t.v, t.storage, s * t.v_stride + j + 16 * n);
+      for (int r = 0; r < R; ++r) {
+        const float p = t.scores[r * t.score_stride + s];
+        for (int n = 0; n < 4; ++n) acc[r][n] += v[n] * p;
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < 4; ++n) store(t.out[r] + j + 16 * n, acc[r][n] * inverse[r]);
+    }
+  }
+  for (; j + 16 <= t.f; j += 16) {
+    F acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = F{};
+    for (int s = from; s < to; ++s) {
+      const F v = load_any(t.v, t.storage, s * t.v_stride + j);
+      for (int r = 0; r < R; ++r) acc[r] += v * t.scores[r * t.score_stride + s];
+    }
+    for (int r = 0; r < R; ++r) store(t.out[r] + j, acc[r] * inverse[r]);
+  }
+  for (; j < t.f; ++j) {
+    for (int r = 0; r < R; ++r) {
+      float total = 0.f;
+      for (int s = from; s < to; ++s) total += load_one(t.v, t.storage, s * t.v_stride + j) * t.scores[r * t.score_stride + s];
+      t.out[r][j] = total * inverse[r];
+    }
+  }
+}
+
+/** Rows are computed over their common range with zero weights outside their own, so a row's result does not depend on its neighbours:
+ *  adding an exact zero changes nothing. */
+template <int R>
+void attention_rows(const AttentionTile& t) {
+  int from = t.first[0], to = t.visible[0];
+  for (int r = 1; r < R; ++r) {
+    from = t.first[r] < from ? t.first[r] : from;
+    to = t.visible[r] > to ? t.visible[r] : to;
+  }
+  scores_of<R>(t, from, to);
+  float inverse[R];
+  for (int r = 0; r < R; ++r) inverse[r] = softmax_row(t.scores + r * t.score_stride, t.first[r], t.visible[r], from, to);
+  weighted_values<R>(t, from, to, inverse);
+}
+
+void attention_kernel(const AttentionTile& t) {
+  if (t.rows == 4) attention_rows<4>(t);
+  else if (t.rows == 3) attention_rows<3>(t);
+  else if (t.rows == 2) attention_rows<2>(t);
+  else attention_rows<1>(t);
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------------------
+
+void load_kernel(const void* from, Storage s, float* to, int64_t count) {
+  if (s == Storage::f32) {
+    memcpy(to, from, count * 4);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(to + i, load_any(from, s, i));
+  for (; i < count; ++i) to[i] = load_one(from, s, i);
+}
+
+void store_kernel(const float* from, Storage s, void* to, int64_t count) {
+  if (s == Storage::f32) {
+    memcpy(to, from, count * 4);
+    return;
+  }
+  uint16_t* h = static_cast<uint16_t*>(to);
+  int64_t i = 0;
+#if defined(__F16C__)
+  if (s == Storage::f16) {
+    for (; i + 8 <= count; i += 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(h + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+  }
+#endif
+  for (; i < count; ++i) h[i] = s == Storage::f16 ? float_to_half(from[i]) : float_to_bf16(from[i]);
+}
+
+void rms_norm_kernel(const float* x, const float* weight, float eps, int dims, float* out) {
+  F t = F{};
+  int i = 0;
+  for (; i + 16 <= dims; i += 16) t += load(x + i) * load(x + i);
+  float total = sum(t);
+  for (; i < dims; ++i) total += x[i] * x[i];
+  const float r = 1.f / sqrtf(total / float(dims) + eps);
+  for (i = 0; i < dims; ++i) out[i] = weight == nullptr ? x[i] * r : x[i] * r * weight[i];
+}
+
+template <class Act>
+inline void gated(const float* gate, const float* up, float* out, int64_t count, Act act) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(out + i, up == nullptr ? act(load(gate + i)) : act(load(gate + i)) * load(up + i));
+  if (i == count) return;
+  float g[16] = {}, u[16] = {}, o[16];
+  for (int64_t l = i; l < count; ++l) {
+    g[l - i] = gate[l];
+    u[l - i] = up == nullptr ? 1.f : up[l];
+  }
+  store(o, act(load(g)) * load(u));
+  for (int64_t l = i; l < count; ++l) out[l] = o[l - i];
+}
+
+void silu_mul_kernel(const float* gate, const float* up, float* out, int64_t count) {
+  gated(gate, up, out, count, [](F g) { return g / (vexp(-g) + 1.f); });
+}
+
+void gelu_tanh_mul_kernel(const float* gate, const float* up, float* out, int64_t count) {
+  gated(gate, up, out, count, [](F g) {
+    const F z = 0.7978845608f * (g + 0.044715f * g * g * g);
+    return g / (vexp(-2.f * z) + 1.f);  // g * (1 + tanh z) / 2
+  });
+}
+
+}  // namespace
+
+const Isa& MLXLM_ISA_FUNCTION() {
+#if defined(__AVX512VNNI__)
+  constexpr bool digits = true;
+#else
+  constexpr bool digits = false;
+#endif
+  static constexpr Isa table = {MLXLM_ISA_NAME,   digits,           panel_kernel,    make_digits_kernel, group_sums_kernel, dense_kernel,
+                                attention_kernel, load_kernel,      store_kernel,    rms_norm_kernel,    silu_mul_kernel,   gelu_tanh_mul_kernel};
+  return table;
+}
+
+}  // namespace mlxlm::kernels::cpu

@@ -1,0 +1,76 @@
+// Our own MLX primitives for the CPU. Every function builds a lazy array on the default CPU stream; arithmetic is f32 inside, the result has x's dtype.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <mlx/array.h>
+
+namespace mlxlm::kernels::cpu {
+
+namespace mx = mlx::core;
+
+/** A weight matrix [N, K] (or stacked [X, N, K]) in the layout that the matmul kernels read. Immutable, shared. */
+class PackedMatrix;
+using PackedMatrixPtr = std::shared_ptr<const PackedMatrix>;
+
+/** Packs MLX's affine quantization (2,3,4,5,6,8 bits; groups 32, 64, 128). weight uint32 [.., N, K*bits/32], scales and biases [.., N, K/group].
+ *  The arrays must be evaluated (data in memory). Rows of a list of matrices with equal K, bits and group are concatenated (fused q/k/v, gate/up). */
+PackedMatrixPtr pack_affine(const std::vector<mx::array>& weights, const std::vector<mx::array>& scales,
+                            const std::vector<mx::array>& biases, int bits, int group_size);
+/** mxfp4 (group 32), mxfp8 (group 32), nvfp4 (group 16). */
+PackedMatrixPtr pack_float(const std::vector<mx::array>& weights, const std::vector<mx::array>& scales, const std::string& mode,
+                           int bits, int group_size);
+/** Dense f32, f16 or bf16 weights [.., N, K]. Keeps the arrays, copies nothing when they are row contiguous. */
+PackedMatrixPtr pack_dense(const std::vector<mx::array>& weights);
+
+int64_t packed_bytes(const PackedMatrix& w);
+
+/** x [..., K] -> [..., N] = x W^T (+ bias [N]). */
+mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::optional<mx::array>& bias = std::nullopt);
+
+/** Experts: x [T, K] (or [T, k, K] when `per_expert_input`), indices int32/uint32 [T, k] -> [T, k, N]; row (t, j) uses expert indices[t, j]. */
+mx::array gather_matmul(const mx::array& x, const PackedMatrixPtr& w, const mx::array& indices, bool per_expert_input,
+                        const std::optional<mx::array>& bias = std::nullopt);
+
+/** Rows of an embedding table: indices [...] -> [..., K] in `dtype`. */
+mx::array take_rows(const PackedMatrixPtr& w, const mx::array& indices, mx::Dtype dtype);
+
+/** x [..., D] * rsqrt(mean(x^2) + eps) * (weight or 1). `plus_one`: weight + 1. */
+mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, float eps, bool plus_one);
+
+/** x + y, then rms_norm of the sum: returns {sum, normed}. */
+std::vector<mx::array> add_rms_norm(const mx::array& x, const mx::array& y, const mx::array& weight, float eps, bool plus_one);
+
+enum class GluAct { silu, gelu, gelu_tanh, relu2 };
+/** gate_up [..., 2H] (gate first) -> act(gate) * up [..., H]. */
+mx::array glu(const mx::array& gate_up, GluAct act);
+mx::array activate(const mx::array& x, GluAct act);
+
+/** Rotates the first 2 * frequencies.size() of the last axis of x [B, L, H, E] and returns it as [B, H, L, E].
+ *  Angle of token l = (offset + l) * frequency; `input_scale` multiplies the rotated dims first. */
+mx::array rope_heads(const mx::array& x, const std::shared_ptr<const std::vector<float>>& frequencies, int offset, bool traditional,
+                     float input_scale);
+
+/** Writes x [B,K,L,E] into buffer [B,K,C,E] at `start` of axis 2, in place, and returns the buffer as a new array.
+ *  Whoever holds the old array sees the change: only the cache that owns the buffer may call this. */
+mx::array write_rows(const mx::array& buffer, const mx::array& x, int start);
+
+struct AttentionOptions {
+  float scale = 1.f;
+  bool causal = true;  // aligned at the end: query l sees keys up to S - L + l
+  int window = 0;      // > 0: only the last `window` of those
+  float softcap = 0.f;
+};
+/** q [B,H,L,E], k [B,K,S,E], v [B,K,S,F] (views allowed) -> [B,L,H,F]: ready for the output projection. */
+mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options);
+
+/** True when the CPU kernels can run here (always on x86-64 and arm64 Linux; false where MLX's default device is a GPU). */
+bool active();
+
+/** "avx512-vnni", "avx2", "generic", ...: what was chosen at run time. MLXLM_CPU_ISA overrides it. */
+std::string isa_name();
+
+}  // namespace mlxlm::kernels::cpu

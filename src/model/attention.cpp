@@ -1,0 +1,138 @@
+// Attention blocks: grouped heads, and latent attention in its absorbed form.
+#include <cmath>
+#include <limits>
+
+#include <mlx/fast.h>
+#include <mlx/ops.h>
+
+#include "base/error.h"
+#include "model/blocks.h"
+
+namespace mlxlm::model {
+namespace {
+
+/** The cache of an attention layer, or null. */
+cache::AttentionCache* attention_cache(cache::Cache* cache) {
+  if (cache == nullptr) return nullptr;
+  auto* found = dynamic_cast<cache::AttentionCache*>(cache);
+  if (found == nullptr) throw Error(Code::internal, "attention", "got the cache of another kind of layer");
+  return found;
+}
+
+class AttentionBlock final : public Block {
+ public:
+  AttentionBlock(const arch::Attention& op, Store& store, const std::string& at) : op_(op), rotation_(op.rope) {
+    const std::string path = at + op.at + ".";
+    qkv_ = op.fused_qkv.empty() ? store.map({path + op.q, path + op.k, path + op.v}) : store.map({path + op.fused_qkv});
+    o_ = store.map({path + op.o});
+    if (op.q_norm) q_norm_.emplace(*op.q_norm, store, path + op.q_norm->at);
+    if (op.k_norm) k_norm_.emplace(*op.k_norm, store, path + op.k_norm->at);
+    scale_ = op.scale != 0.f ? op.scale : 1.f / std::sqrt(float(op.head_dim));
+  }
+
+  mx::array operator()(const mx::array& x, cache::Cache* cache) override {
+    const int q = op_.heads * op_.head_dim, kv = op_.kv_heads * op_.head_dim;
+    const auto qkv = (*qkv_)(x);
+    auto* held = attention_cache(cache);
+    const int offset = held != nullptr ? held->offset() : 0;
+    const auto queries = rotation_(heads(columns(qkv, 0, q), op_.heads, q_norm_), offset);
+    auto keys = rotation_(heads(columns(qkv, q, q + kv), op_.kv_heads, k_norm_), offset);
+    auto values = mx::transpose(split(columns(qkv, q + kv, q + 2 * kv), op_.kv_heads), {0, 2, 1, 3});
+    if (held != nullptr) std::tie(keys, values) = held->update(keys, values);
+    // One new token sees all that a rotating cache holds.
+    const bool rotating = dynamic_cast<cache::RotatingKvCache*>(held) != nullptr;
+    int window = op_.window.value_or(0);
+    if (rotating && x.shape(1) == 1) window = 0;
+    if (rotating && x.shape(1) > 1 && window == 0) window = static_cast<cache::RotatingKvCache*>(held)->max_size();
+    return (*o_)(nn::attention(queries, keys, values, scale_, window, op_.softcap));
+  }
+
+ private:
+  mx::array split(const mx::array& x, int count) const { return mx::reshape(x, {x.shape(0), x.shape(1), count, op_.head_dim}); }
+  mx::array heads(const mx::array& x, int count, const std::optional<NormBlock>& norm) const {
+    if (!norm) return split(x, count);
+    return op_.norm_full_width ? split((*norm)(x), count) : (*norm)(split(x, count));
+  }
+
+  arch::Attention op_;
+  Rotation rotation_;
+  std::shared_ptr<nn::Linear> qkv_, o_;
+  std::optional<NormBlock> q_norm_, k_norm_;
+  float scale_;
+};
+
+/** Reference: mlx_lm/models/deepseek_v3.py. The cache holds the latent [B,1,S,R] and the shared rotary key [B,1,S,P]. */
+class MlaBlock final : public Block {
+ public:
+  MlaBlock(const arch::Mla& op, Store& store, const std::string& at) : op_(op), rotation_(op.rope) {
+    const std::string path = at + op.at + ".";
+    if (op.q_lora == 0) {
+      q_ = store.map({path + "q_proj"});
+    } else {
+      q_a_ = store.map({path + "q_a_proj"});
+      q_norm_.emplace(arch::Norm{.eps = op.norm_eps}, store, path + "q_a_layernorm");
+      q_ = store.map({path + "q_b_proj"});
+    }
+    kv_a_ = store.map({path + "kv_a_proj_with_mqa"});
+    kv_norm_.emplace(arch::Norm{.eps = op.norm_eps}, store, path + "kv_a_layernorm");
+    embed_q_.emplace(store.linear(path + "embed_q"), store.dtype);
+    unembed_out_.emplace(store.linear(path + "unembed_out"), store.dtype);
+    store.bytes += embed_q_->bytes() + unembed_out_->bytes();
+    o_ = store.map({path + "o_proj"});
+  }
+
+  mx::array operator()(const mx::array& x, cache::Cache* cache) override {
+    const int batch = x.shape(0), length = x.shape(1);
+    auto* held = attention_cache(cache);
+    const int offset = held != nullptr ? held->offset() : 0;
+    const auto q = mx::reshape((*q_)(q_a_ ? (*q_norm_)((*q_a_)(x)) : x), {batch, length, op_.heads, op_.nope_dim + op_.rope_dim});
+    const auto q_nope = mx::transpose(columns(q, 0, op_.nope_dim), {0, 2, 1, 3});
+    const auto q_rope = rotation_(columns(q, op_.nope_dim, op_.nope_dim + op_.rope_dim), offset);
+    const auto compressed = (*kv_a_)(x);
+    auto latent = mx::expand_dims((*kv_norm_)(columns(compressed, 0, op_.kv_lora)), 1);
+    auto key = rotation_(mx::expand_dims(columns(compressed, op_.kv_lora, op_.kv_lora + op_.rope_dim), 2), offset);
+    if (held != nullptr) std::tie(latent, key) = held->update(latent, key);
+    auto scores = mx::matmul(mx::multiply(q_rope, number(op_.scale, x)), mx::swapaxes(key, -1, -2));
+    if (length > 1) scores = mx::where(causal(length, latent.shape(2)), scores, number(lowest(x.dtype()), x));
+    return (*o_)(merge(length == 1 ? decode(q_nope, latent, scores) : prefill(q_nope, latent, scores)));
+  }
+
+ private:
+  static mx::array number(float value, const mx::array& like) { return mx::array(value, like.dtype()); }
+  static float lowest(mx::Dtype dtype) { return dtype == mx::float16 ? -65504.f : -3.38e38f; }
+  static mx::array causal(int length, int keys) {
+    const auto query = mx::expand_dims(mx::arange(keys - length, keys, mx::int32), 1);
+    return mx::less_equal(mx::expand_dims(mx::arange(0, keys, mx::int32), 0), query);
+  }
+  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& scores) const {
+    const auto logits = mx::add(mx::matmul(mx::multiply(q, number(op_.scale, q)), mx::swapaxes(k, -1, -2)), scores);
+    return mx::matmul(mx::softmax(logits, -1, true), v);
+  }
+  mx::array decode(const mx::array& q, const mx::array& latent, const mx::array& scores) const {
+    return (*unembed_out_)(attend((*embed_q_)(q, true), latent, latent, scores), true);
+  }
+  mx::array prefill(const mx::array& q, const mx::array& latent, const mx::array& scores) const {
+    return attend(q, (*embed_q_)(latent, false), (*unembed_out_)(latent, true), scores);
+  }
+  mx::array merge(const mx::array& heads) const {
+    return mx::reshape(mx::transpose(heads, {0, 2, 1, 3}), {heads.shape(0), heads.shape(2), op_.heads * op_.v_dim});
+  }
+
+  arch::Mla op_;
+  Rotation rotation_;
+  std::shared_ptr<nn::Linear> q_a_, q_, kv_a_, o_;
+  std::optional<NormBlock> q_norm_, kv_norm_;
+  std::optional<nn::HeadMaps> embed_q_, unembed_out_;
+};
+
+}  // namespace
+
+std::unique_ptr<Block> make_attention(const arch::Attention& op, Store& store, const std::string& at) {
+  return std::make_unique<AttentionBlock>(op, store, at);
+}
+
+std::unique_ptr<Block> make_mla(const arch::Mla& op, Store& store, const std::string& at) {
+  return std::make_unique<MlaBlock>(op, store, at);
+}
+
+}  // namespace mlxlm::model

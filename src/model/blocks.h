@@ -1,0 +1,78 @@
+// Ops of a description with their weights: each turns x [B,L,D] into [B,L,D].
+#pragma once
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "arch/model.h"
+#include "cache/cache.h"
+#include "nn/nn.h"
+#include "plan/plan.h"
+#include "weights/weights.h"
+
+namespace mlxlm::model {
+
+namespace mx = mlx::core;
+
+/** Hands out the tensors of a checkpoint, each once, so that memory is released as the model is built. */
+class Store {
+ public:
+  Store(weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant) : tensors_(std::move(tensors)), quant_(quant) {}
+  bool has(const std::string& name) const { return tensors_.contains(name); }
+  const mx::array& peek(const std::string& name) const { return tensors_.at(name); }
+  /** Throws Error(bad_weights) when it is missing. */
+  mx::array take(const std::string& name);
+  nn::Linear::Weights linear(const std::string& path);
+  std::shared_ptr<nn::Linear> map(const std::vector<std::string>& paths);
+  /** The dtype of the model's activations. */
+  mx::Dtype dtype = mx::float32;
+  int64_t bytes = 0;
+
+ private:
+  weights::Tensors tensors_;
+  const std::map<std::string, plan::Quant>& quant_;
+};
+
+class NormBlock {
+ public:
+  NormBlock(arch::Norm spec, Store& store, const std::string& path);
+  mx::array operator()(const mx::array& x) const { return nn::norm(x, spec_, weight_, bias_); }
+
+ private:
+  arch::Norm spec_;
+  std::optional<mx::array> weight_, bias_;
+};
+
+class Block {
+ public:
+  virtual ~Block() = default;
+  /** `cache` is null when nothing is remembered. */
+  virtual mx::array operator()(const mx::array& x, cache::Cache* cache) = 0;
+};
+
+/** `at` is the layer's path with a dot at the end. */
+std::unique_ptr<Block> make_block(const arch::Op& op, Store& store, const std::string& at);
+
+std::unique_ptr<Block> make_attention(const arch::Attention& op, Store& store, const std::string& at);
+std::unique_ptr<Block> make_mla(const arch::Mla& op, Store& store, const std::string& at);
+std::unique_ptr<Block> make_moe(const arch::Moe& op, Store& store, const std::string& at);
+std::unique_ptr<Block> make_mamba2(const arch::Mamba2& op, Store& store, const std::string& at);
+
+/** x [.., D] cut along the last axis at [from, to). */
+mx::array columns(const mx::array& x, int from, int to);
+
+/** Frequencies of a rotation, computed once where they do not depend on the length. */
+class Rotation {
+ public:
+  explicit Rotation(std::optional<arch::Rope> rope);
+  /** x [B,L,H,E] -> [B,H,L,E]. */
+  mx::array operator()(const mx::array& x, int offset) const;
+
+ private:
+  std::optional<arch::Rope> rope_;
+  std::shared_ptr<const std::vector<float>> frequencies_;
+};
+
+}  // namespace mlxlm::model

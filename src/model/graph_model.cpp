@@ -1,0 +1,123 @@
+// The graph executor: a description and its weights as MLX operations.
+#include <cmath>
+
+#include <mlx/ops.h>
+#include <mlx/transforms.h>
+
+#include "base/error.h"
+#include "model/blocks.h"
+#include "model/causal_model.h"
+
+namespace mlxlm::model {
+namespace {
+
+struct StepBlocks {
+  std::optional<NormBlock> pre, post;
+  std::vector<std::unique_ptr<Block>> ops;
+  float scale = 1.f;
+  bool clip_f16 = false;
+};
+
+/** x + y within float16, as the reference adds residuals of Gemma 3. */
+mx::array clipped_sum(const mx::array& x, const mx::array& y) {
+  if (x.dtype() != mx::float16) return mx::add(x, y);
+  const auto sum = mx::add(mx::astype(x, mx::float32), mx::astype(y, mx::float32));
+  return mx::astype(mx::clip(sum, mx::array(-65504.f), mx::array(65504.f)), mx::float16);
+}
+
+class GraphModel final : public CausalModel {
+ public:
+  GraphModel(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant)
+      : description_(std::move(description)) {
+    Store store(std::move(tensors), quant);
+    const auto& m = description_;
+    const std::string embed = m.root + "." + m.embed;
+    dtype_ = activation_dtype(store, embed);
+    store.dtype = dtype_;
+    embed_ = store.map({embed});
+    for (std::size_t i = 0; i < m.layers.size(); ++i) {
+      const std::string at = m.root + "." + m.layers_at + "." + std::to_string(i) + ".";
+      layers_.push_back(make_layer(m.layers[i], store, at));
+    }
+    final_norm_.emplace(m.final_norm, store, m.root + "." + m.final_norm.at);
+    const bool own_head = !m.tied_head && store.has(m.head + ".weight");
+    if (!own_head && !m.tied_head && !m.tied_unless_stored) throw Error(Code::bad_weights, m.head + ".weight", "missing");
+    head_ = own_head ? store.map({m.head}) : embed_;
+    bytes_ = store.bytes;
+  }
+
+  mx::array forward(const mx::array& tokens, cache::Caches& caches, Rows rows) override {
+    if (!caches.empty() && caches.size() != layers_.size()) throw Error(Code::internal, "forward", "caches of another model");
+    auto x = embed_->embed(tokens, dtype_);
+    if (description_.embed_scale != 1.f) {
+      const auto scale = mx::array(description_.embed_scale);
+      x = mx::multiply(x, mx::astype(description_.embed_scale_bf16 ? mx::astype(scale, mx::bfloat16) : scale, dtype_));
+    }
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      cache::Cache* held = caches.empty() ? nullptr : caches[i].get();
+      for (auto& step : layers_[i]) x = run_step(step, x, held);
+    }
+    if (rows == Rows::last && x.shape(1) > 1) {
+      x = mx::slice(x, {0, x.shape(1) - 1, 0}, x.shape());
+    }
+    auto logits = (*head_)((*final_norm_)(x));
+    if (description_.logit_scale != 1.f) logits = mx::multiply(logits, mx::array(description_.logit_scale, logits.dtype()));
+    if (const float cap = description_.logit_softcap; cap > 0.f) {
+      logits = mx::multiply(mx::tanh(mx::divide(logits, mx::array(cap, logits.dtype()))), mx::array(cap, logits.dtype()));
+    }
+    return logits;
+  }
+
+  const arch::Model& description() const override { return description_; }
+  int64_t weight_bytes() const override { return bytes_; }
+
+ private:
+  /** The embedding's own dtype, or that of its scales; float scales of 8-bit floats leave the final norm's. */
+  mx::Dtype activation_dtype(const Store& store, const std::string& embed) const {
+    const auto dtype_of = [&](const std::string& name) { return store.has(name) ? std::optional(store.peek(name).dtype()) : std::nullopt; };
+    for (const auto& name : {embed + ".scales", embed + ".weight", description_.root + "." + description_.final_norm.at + ".weight"}) {
+      const auto dtype = dtype_of(name);
+      if (dtype && mx::issubdtype(*dtype, mx::floating)) return *dtype;
+    }
+    return mx::float16;
+  }
+
+  static std::vector<StepBlocks> make_layer(const arch::Layer& layer, Store& store, const std::string& at) {
+    std::vector<StepBlocks> steps;
+    for (const auto& step : layer) {
+      StepBlocks made;
+      if (step.pre) made.pre.emplace(*step.pre, store, at + step.pre->at);
+      for (const auto& op : step.ops) made.ops.push_back(make_block(op, store, at));
+      if (step.post) made.post.emplace(*step.post, store, at + step.post->at);
+      made.scale = step.scale;
+      made.clip_f16 = step.clip_f16;
+      steps.push_back(std::move(made));
+    }
+    return steps;
+  }
+
+  static mx::array run_step(StepBlocks& step, const mx::array& x, cache::Cache* held) {
+    const auto input = step.pre ? (*step.pre)(x) : x;
+    auto y = (*step.ops[0])(input, held);
+    for (std::size_t i = 1; i < step.ops.size(); ++i) y = mx::add(y, (*step.ops[i])(input, held));
+    if (step.post) y = (*step.post)(y);
+    if (step.scale != 1.f) y = mx::multiply(y, mx::array(step.scale, y.dtype()));
+    return step.clip_f16 ? clipped_sum(x, y) : mx::add(x, y);
+  }
+
+  arch::Model description_;
+  mx::Dtype dtype_ = mx::float32;
+  std::shared_ptr<nn::Linear> embed_, head_;
+  std::vector<std::vector<StepBlocks>> layers_;
+  std::optional<NormBlock> final_norm_;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<CausalModel> make_graph_model(arch::Model description, weights::Tensors tensors,
+                                              const std::map<std::string, plan::Quant>& quant) {
+  return std::make_unique<GraphModel>(std::move(description), std::move(tensors), quant);
+}
+
+}  // namespace mlxlm::model

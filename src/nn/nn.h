@@ -1,0 +1,85 @@
+// arrays -> arrays: no state, no parameter names. Chooses our kernels on the CPU and MLX's elsewhere.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include <mlx/array.h>
+
+#include "arch/model.h"
+#include "kernels/cpu/kernels.h"
+#include "plan/plan.h"
+
+namespace mlxlm::nn {
+
+namespace mx = mlx::core;
+
+/** A linear map, dense or quantized. [out, in], or [X, out, in] for stacked experts.
+ *  On the CPU the weights are packed at construction and the originals released. */
+class Linear {
+ public:
+  struct Weights {
+    mx::array weight;
+    std::optional<mx::array> scales{}, biases{};
+    std::optional<mx::array> bias{};
+    std::optional<plan::Quant> quant{};
+  };
+  /** Several parts with equal input and quantization become one map with concatenated rows (fused q/k/v, gate/up). */
+  explicit Linear(std::vector<Weights> parts);
+
+  /** x [..., in] -> [..., out]; leading axes are flattened before the matmul. */
+  mx::array operator()(const mx::array& x) const;
+  /** Stacked: x [T, in] or [T, k, in], indices [T, k] -> [T, k, out]. */
+  mx::array gather(const mx::array& x, const mx::array& indices, bool per_expert_input) const;
+  /** As an embedding table: tokens [...] -> [..., in]. */
+  mx::array embed(const mx::array& tokens, mx::Dtype dtype) const;
+  int64_t bytes() const;
+  int out_dims() const { return out_dims_; }
+
+ private:
+  std::vector<Weights> parts_;                 // on the GPU
+  std::vector<std::shared_ptr<Linear>> split_;  // on the CPU, parts that cannot be one matrix
+  kernels::cpu::PackedMatrixPtr packed_;
+  std::optional<mx::array> bias_;
+  int out_dims_ = 0, in_dims_ = 0;
+};
+
+/** One small map a head, as in absorbed latent attention: [H, out, in], kept dense. */
+class HeadMaps {
+ public:
+  HeadMaps(const Linear::Weights& w, mx::Dtype dtype);
+  /** x [B, H, L, in] -> [B, H, L, out]; with transpose false, [B, H|1, L, out] -> [B, H, L, in]. */
+  mx::array operator()(const mx::array& x, bool transpose) const;
+  int64_t bytes() const { return static_cast<int64_t>(weight_.nbytes()); }
+
+ private:
+  mx::array weight_;
+};
+
+mx::array norm(const mx::array& x, const arch::Norm& spec, const std::optional<mx::array>& weight,
+               const std::optional<mx::array>& bias);
+mx::array activate(const mx::array& x, arch::Act act);
+/** gate_up [..., 2H] -> [..., H]. */
+mx::array glu(const mx::array& gate_up, arch::Act act);
+
+/** x [B,L,H,E] -> [B,H,L,E], rotated if there is a rope. */
+mx::array rope_heads(const mx::array& x, const arch::Rope* rope, const std::shared_ptr<const std::vector<float>>& frequencies, int offset);
+
+/** q [B,H,L,E], k [B,K,S,E], v [B,K,S,F] -> [B,L,H*F]. Causal, aligned at the end. window 0 = unlimited. */
+mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale, int window, float softcap);
+
+/** Chosen experts and their weights: logits [T, X] -> {indices [T, k], weights [T, k] f32}. Reference: mlx_lm/models/deepseek_v3.py group_expert_select, qwen3_moe.py */
+std::vector<mx::array> route(const mx::array& logits, const arch::Moe& spec, const std::optional<mx::array>& correction_bias);
+
+/** Causal depthwise convolution: x [B,L,C], tail [B,conv-1,C] or none, weight [C,conv,1] -> {y [B,L,C] (before activation), new tail}. */
+std::vector<mx::array> short_conv(const mx::array& x, const std::optional<mx::array>& tail, const mx::array& weight,
+                                  const std::optional<mx::array>& bias);
+
+/** Mamba-2 scan. x [B,L,H,P], A_log [H], B, C [B,L,G,N], D [H], dt [B,L,H], dt_bias [H], state [B,H,P,N] or none -> {y [B,L,H,P], new state}.
+ *  Reference: mlx_lm/models/ssm.py */
+std::vector<mx::array> ssm_scan(const mx::array& x, const mx::array& a_log, const mx::array& b, const mx::array& c, const mx::array& d,
+                                const mx::array& dt, const mx::array& dt_bias, const std::optional<mx::array>& state, float dt_min,
+                                float dt_max);
+
+}  // namespace mlxlm::nn

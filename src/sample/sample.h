@@ -1,0 +1,65 @@
+// logits -> token. Reference: mlx_lm/sample_utils.py
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include <mlx/array.h>
+
+namespace mlxlm::sample {
+
+namespace mx = mlx::core;
+
+struct SamplerOptions {
+  float temperature = 0.f;  // 0 = argmax
+  float top_p = 1.f;        // 0 or 1 = off
+  float min_p = 0.f;
+  int min_tokens_to_keep = 1;
+  int top_k = 0;
+  float xtc_probability = 0.f;
+  float xtc_threshold = 0.1f;
+  std::vector<int> xtc_special_tokens{};
+  std::optional<uint64_t> seed{};
+};
+
+/** Throws Error(bad_request) naming the option, its value and its range. vocab 0 = not known yet. */
+void check(const SamplerOptions& options, int vocab = 0);
+
+/** A sampler with a random state of its own. Thread: the one that owns MLX. */
+class Sampler {
+ public:
+  explicit Sampler(SamplerOptions options);
+  /** logprobs [B, V] -> tokens int32 [B]. Filters in the reference's order: top-p, min-p, XTC, top-k, then categorical at the temperature.
+   */
+  mx::array operator()(const mx::array& logprobs);
+
+ private:
+  SamplerOptions options_;
+  mx::array key_;
+};
+
+/** The filters, each logprobs [B, V] -> the same with -inf where masked. */
+mx::array apply_top_p(const mx::array& logprobs, float top_p);
+mx::array apply_min_p(const mx::array& logprobs, float min_p, int min_tokens_to_keep);
+mx::array apply_top_k(const mx::array& logprobs, int top_k);
+mx::array apply_xtc(const mx::array& logprobs, float threshold, const std::vector<int>& special_tokens);
+
+struct ProcessorOptions {
+  std::map<int, float> logit_bias{};
+  float repetition_penalty = 0.f;  // 0 = off
+  int repetition_context_size = 20;
+  float presence_penalty = 0.f;
+  int presence_context_size = 20;
+  float frequency_penalty = 0.f;
+  int frequency_context_size = 20;
+  bool any() const { return !logit_bias.empty() || repetition_penalty != 0.f || presence_penalty != 0.f || frequency_penalty != 0.f; }
+};
+void check(const ProcessorOptions& options, int vocab = 0);
+
+/** logits [1, V] after logit bias, repetition, presence and frequency penalties over `tokens` (prompt and generated). */
+mx::array process(const mx::array& logits, const std::vector<int>& tokens, const ProcessorOptions& options);
+
+}  // namespace mlxlm::sample

@@ -1,0 +1,124 @@
+// Does a checkpoint fit its description? Quantization: mlx_lm/utils.py infer_quant_config
+#include <set>
+
+#include "base/error.h"
+#include "base/text_util.h"
+#include "weights/weights.h"
+
+namespace mlxlm::weights {
+namespace {
+
+std::string shown(const mx::Shape& shape) {
+  std::vector<std::string> parts;
+  for (const int dim : shape) parts.push_back(std::to_string(dim));
+  return "[" + join(parts) + "]";
+}
+
+std::string listed(const std::set<std::string>& names) {
+  constexpr std::size_t at_most = 3;
+  std::vector<std::string> first;
+  for (const auto& name : names) {
+    if (first.size() == at_most) break;
+    first.push_back(name);
+  }
+  return join(first) + (names.size() > at_most ? " and " + std::to_string(names.size() - at_most) + " more" : "");
+}
+
+class Checker {
+ public:
+  Checker(const Tensors& tensors, const plan::QuantConfig& config, const std::string& where)
+      : tensors_(tensors), config_(config), where_(where) {
+    for (const auto& [name, value] : tensors) left_.insert(name);
+  }
+
+  void tensor(const plan::Tensor& t) {
+    const bool can = t.role == plan::Role::matrix || t.role == plan::Role::stacked || t.role == plan::Role::embedding;
+    const auto quant = can ? quant_of(t.path, t.shape.back(), tensors_, config_) : std::nullopt;
+    if (!quant) return expect(t.name(), t.shape);
+    if (t.shape.back() % quant->group_size != 0) {
+      throw Error(Code::bad_weights, where_ + ": " + t.path,
+                  "groups of " + std::to_string(quant->group_size) + " do not divide " + std::to_string(t.shape.back()));
+    }
+    auto packed = t.shape, groups = t.shape;
+    packed.back() = t.shape.back() * quant->bits / 32;
+    groups.back() = t.shape.back() / quant->group_size;
+    expect(t.path + ".weight", packed);
+    expect(t.path + ".scales", groups);
+    if (quant->mode == "affine") expect(t.path + ".biases", groups);
+    quant_.emplace(t.path, *quant);
+  }
+
+  std::map<std::string, plan::Quant> finish() {
+    if (!missing_.empty()) {
+      const auto& first = *missing_.begin();
+      const auto near = nearest_names(first, {left_.begin(), left_.end()});
+      throw Error(Code::bad_weights, where_,
+                  "missing " + listed(missing_) + (near.empty() ? "" : "; nearest to the first that is there: " + join(near)));
+    }
+    if (!left_.empty()) throw Error(Code::bad_weights, where_, "got tensors that the model does not have: " + listed(left_));
+    return std::move(quant_);
+  }
+
+ private:
+  void expect(const std::string& name, const std::vector<int>& shape) {
+    const auto it = tensors_.find(name);
+    if (it == tensors_.end()) {
+      missing_.insert(name);
+      return;
+    }
+    left_.erase(name);
+    const mx::Shape wanted(shape.begin(), shape.end());
+    if (it->second.shape() != wanted) {
+      throw Error(Code::bad_weights, where_ + ": " + name, "shape " + shown(it->second.shape()) + ", wanted " + shown(wanted));
+    }
+  }
+
+  const Tensors& tensors_;
+  const plan::QuantConfig& config_;
+  const std::string& where_;
+  std::set<std::string> left_, missing_;
+  std::map<std::string, plan::Quant> quant_;
+};
+
+std::optional<plan::Quant> from_shapes(int in_dims, const mx::array& weight, const mx::array& scales) {
+  if (weight.ndim() == 0 || scales.ndim() == 0 || scales.shape(-1) == 0 || in_dims == 0) return std::nullopt;
+  plan::Quant q;
+  q.group_size = in_dims / scales.shape(-1);
+  q.bits = static_cast<int>(int64_t(weight.shape(-1)) * 32 / in_dims);
+  if (scales.dtype() == mx::uint8) {
+    if (q.bits == 4 && q.group_size == 16) q.mode = "nvfp4";
+    else if (q.bits == 4 && q.group_size == 32) q.mode = "mxfp4";
+    else if (q.bits == 8 && q.group_size == 32) q.mode = "mxfp8";
+    else return std::nullopt;
+    return q;
+  }
+  const bool bits = q.bits >= 2 && q.bits <= 8 && q.bits != 7;
+  if (!bits || (q.group_size != 32 && q.group_size != 64 && q.group_size != 128)) return std::nullopt;
+  return q;
+}
+
+}  // namespace
+
+std::optional<plan::Quant> quant_of(const std::string& path, int in_dims, const Tensors& tensors, const plan::QuantConfig& config) {
+  const auto named = config.by_path.find(path);
+  if (named != config.by_path.end() && !named->second) return std::nullopt;
+  const auto weight = tensors.find(path + ".weight"), scales = tensors.find(path + ".scales");
+  if (weight == tensors.end() || scales == tensors.end()) return std::nullopt;
+  if (!config.global) throw Error(Code::bad_weights, path + ".scales", "got a quantized tensor, but config.json says nothing of quantization");
+  if (named != config.by_path.end()) return named->second;
+  if (const auto inferred = from_shapes(in_dims, weight->second, scales->second)) return inferred;
+  return config.global;
+}
+
+std::map<std::string, plan::Quant> check(const Tensors& tensors, const arch::Model& model, const plan::QuantConfig& config,
+                                         const std::string& where) {
+  Checker checker(tensors, config, where);
+  const bool no_head = model.tied_unless_stored && !tensors.contains(model.head + ".weight");
+  for (const auto& t : plan::tensors(model)) {
+    if (no_head && t.path == model.head) continue;
+    checker.tensor(t);
+  }
+  return checker.finish();
+}
+
+}  // namespace mlxlm::weights

@@ -1,0 +1,43 @@
+// Arrays over mapped files. MLX's CPU allocator keeps the size of a buffer in the 8 bytes before its data, so the buffer of an array at
+// pointer p is p - 8; for a mapping those bytes are file content, which MLX reads only to judge a donation that never happens here.
+#include "weights/mapped_array.h"
+
+#include <cstring>
+
+namespace mlxlm::weights {
+
+namespace detail {
+
+void adopt(mx::array& a, mx::allocator::Data data) {
+  mx::Strides strides(a.ndim());
+  int64_t stride = 1;
+  for (int axis = static_cast<int>(a.ndim()) - 1; axis >= 0; --axis) {
+    strides[axis] = stride;
+    stride *= a.shape(axis);
+  }
+  mx::array::Flags flags;
+  flags.contiguous = flags.row_contiguous = true;
+  flags.col_contiguous = a.size() <= 1 || a.ndim() <= 1;
+  a.set_data(std::move(data), a.size(), strides, flags, 0);
+  a.set_status(mx::array::Status::available);
+}
+
+}  // namespace detail
+
+mx::array mapped_array(const std::shared_ptr<const MappedFile>& file, uint64_t offset, const mx::Shape& shape, mx::Dtype dtype) {
+  const std::byte* data = file->bytes().data() + offset;
+  std::size_t bytes = mx::size_of(dtype);
+  for (const int dim : shape) bytes *= static_cast<std::size_t>(dim);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(data) % mx::size_of(dtype) == 0;
+  if (!aligned || offset < 8 || bytes == 0) {
+    return filled_array(shape, dtype, [&](void* out) {
+      if (bytes > 0) std::memcpy(out, data, bytes);
+    });
+  }
+  mx::array a(shape, dtype, nullptr, {});
+  auto* before = const_cast<std::byte*>(data) - sizeof(std::size_t);
+  detail::adopt(a, mx::allocator::Data(mx::allocator::Buffer(before), [file](mx::allocator::Buffer) {}));
+  return a;
+}
+
+}  // namespace mlxlm::weights

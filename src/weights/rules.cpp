@@ -1,0 +1,203 @@
+// Rewrites of checkpoint names and tensors. Reference: the sanitize functions of mlx_lm/models
+#include <charconv>
+#include <optional>
+
+#include <mlx/ops.h>
+
+#include "base/error.h"
+#include "base/text_util.h"
+#include "weights/weights.h"
+
+namespace mlxlm::weights {
+namespace {
+
+using arch::Rule;
+
+/** What `*` and `{e}` of a pattern matched. */
+struct Match {
+  std::vector<std::string> stars;
+  int index = -1;
+};
+
+bool match_from(std::string_view pattern, std::string_view text, Match& m) {
+  if (pattern.empty()) return text.empty();
+  if (pattern.starts_with("{e}")) {
+    std::size_t digits = 0;
+    while (digits < text.size() && digits < 9 && text[digits] >= '0' && text[digits] <= '9') ++digits;
+    if (digits == 0) return false;
+    std::from_chars(text.data(), text.data() + digits, m.index);
+    return match_from(pattern.substr(3), text.substr(digits), m);
+  }
+  if (pattern[0] != '*') return !text.empty() && text[0] == pattern[0] && match_from(pattern.substr(1), text.substr(1), m);
+  for (std::size_t taken = 0; taken <= text.size(); ++taken) {
+    m.stars.emplace_back(text.substr(0, taken));
+    if (match_from(pattern.substr(1), text.substr(taken), m)) return true;
+    m.stars.pop_back();
+  }
+  return false;
+}
+
+std::optional<Match> match(std::string_view pattern, std::string_view text) {
+  Match m;
+  if (!match_from(pattern, text, m)) return std::nullopt;
+  return m;
+}
+
+std::string fill(std::string_view pattern, const Match& m) {
+  std::string out;
+  std::size_t star = 0;
+  for (const char c : pattern) {
+    if (c == '*') out += m.stars.at(star++);
+    else out += c;
+  }
+  return out;
+}
+
+void drop(Tensors& tensors, const Rule& rule) {
+  std::erase_if(tensors, [&](const auto& item) { return glob_match(rule.from, item.first); });
+}
+
+void rename(Tensors& tensors, const Rule& rule) {
+  Tensors renamed;
+  for (auto& [name, value] : tensors) {
+    const auto m = match(rule.from, name);
+    renamed.insert_or_assign(m ? fill(rule.to, *m) : name, value);
+  }
+  tensors = std::move(renamed);
+}
+
+void strip_prefix(Tensors& tensors, const Rule& rule) {
+  Tensors renamed;
+  for (auto& [name, value] : tensors) renamed.insert_or_assign(name.starts_with(rule.from) ? name.substr(rule.from.size()) : name, value);
+  tensors = std::move(renamed);
+}
+
+void stack(Tensors& tensors, const Rule& rule) {
+  std::map<std::string, std::map<int, std::string>> groups;
+  for (const auto& [name, value] : tensors) {
+    if (const auto m = match(rule.from, name); m && m->index >= 0) groups[fill(rule.to, *m)][m->index] = name;
+  }
+  for (const auto& [target, members] : groups) {
+    std::vector<mx::array> parts;
+    for (const auto& [index, name] : members) {
+      if (index != static_cast<int>(parts.size())) {
+        throw Error(Code::bad_weights, target, "expert " + std::to_string(parts.size()) + " of " + name + " is missing");
+      }
+      const mx::array& part = tensors.at(name);
+      if (!parts.empty() && (part.shape() != parts[0].shape() || part.dtype() != parts[0].dtype())) {
+        throw Error(Code::bad_weights, name, "has another shape or dtype than expert 0");
+      }
+      parts.push_back(part);
+    }
+    tensors.insert_or_assign(target, mx::stack(parts));
+    for (const auto& [index, name] : members) tensors.erase(name);
+  }
+}
+
+void conv_to_nlc(Tensors& tensors, const Rule& rule) {
+  for (auto& [name, value] : tensors) {
+    if (glob_match(rule.from, name) && value.ndim() == 3 && value.shape(2) != 1) value = mx::moveaxis(value, 2, 1);
+  }
+}
+
+mx::array dequant_fp8(const mx::array& packed, const mx::array& scale_inv, const std::string& name) {
+  constexpr int block = 128;
+  if (packed.ndim() != 2 || scale_inv.ndim() != 2) throw Error(Code::bad_weights, name, "fp8 blocks of other than two axes");
+  const int m = packed.shape(0), n = packed.shape(1);
+  const int down = (block - m % block) % block, right = (block - n % block) % block;
+  const int bm = (m + down) / block, bn = (n + right) / block;
+  if (scale_inv.shape(0) != bm || scale_inv.shape(1) != bn) throw Error(Code::bad_weights, name, "fp8 scales do not fit 128x128 blocks");
+  auto w = mx::pad(mx::from_fp8(packed, mx::bfloat16), {{0, down}, {0, right}});
+  w = mx::reshape(w, {bm, block, bn, block}) * mx::reshape(scale_inv, {bm, 1, bn, 1});
+  return mx::astype(mx::slice(mx::reshape(w, {m + down, n + right}), {0, 0}, {m, n}), mx::bfloat16);
+}
+
+void dequant_blocks(Tensors& tensors, const Rule& rule) {
+  std::vector<std::string> done;
+  for (const auto& [name, value] : tensors) {
+    constexpr std::string_view suffix = "_scale_inv";
+    if (!name.ends_with(suffix)) continue;
+    const std::string weight = name.substr(0, name.size() - suffix.size());
+    const auto it = tensors.find(weight);
+    if (!glob_match(rule.from, weight) || it == tensors.end()) continue;
+    if (it->second.dtype() == mx::uint8) it->second = dequant_fp8(it->second, value, weight);
+    done.push_back(name);
+  }
+  for (const auto& name : done) tensors.erase(name);
+}
+
+const arch::Mla* mla_of_layer(const arch::Model& model, const std::string& name) {
+  const auto m = match("*." + model.layers_at + ".{e}.*", name);
+  if (!m || m->index < 0 || m->index >= static_cast<int>(model.layers.size())) return nullptr;
+  for (const auto& step : model.layers[m->index]) {
+    for (const auto& op : step.ops) {
+      if (const auto* mla = std::get_if<arch::Mla>(&op)) return mla;
+    }
+  }
+  return nullptr;
+}
+
+void put_quantized(Tensors& tensors, const std::string& path, const mx::array& w, int group_size, int bits) {
+  const auto parts = mx::quantize(w, group_size, bits);
+  tensors.insert_or_assign(path + ".weight", parts.at(0));
+  tensors.insert_or_assign(path + ".scales", parts.at(1));
+  tensors.insert_or_assign(path + ".biases", parts.at(2));
+}
+
+void absorb_one(Tensors& tensors, const std::string& path, const arch::Mla& mla) {
+  const std::string at = path.substr(0, path.size() - std::string_view("kv_b_proj").size());
+  mx::array w = tensors.at(path + ".weight");
+  int bits = 0, group_size = 0;
+  if (const auto scales = tensors.find(path + ".scales"); scales != tensors.end()) {
+    const auto biases = tensors.find(path + ".biases");
+    if (biases == tensors.end() || w.ndim() != 2 || scales->second.ndim() != 2 || scales->second.shape(1) == 0) {
+      throw Error(Code::bad_weights, path, "quantized without matching scales and biases");
+    }
+    bits = w.shape(1) * 32 / mla.kv_lora;
+    group_size = mla.kv_lora / scales->second.shape(1);
+    w = mx::dequantize(w, scales->second, biases->second, group_size, bits);
+  }
+  if (w.ndim() != 2 || w.shape(0) != mla.heads * (mla.nope_dim + mla.v_dim) || w.shape(1) != mla.kv_lora) {
+    throw Error(Code::bad_weights, path + ".weight", "wanted " + std::to_string(mla.heads * (mla.nope_dim + mla.v_dim)) + " rows of " +
+                                                         std::to_string(mla.kv_lora));
+  }
+  w = mx::reshape(w, {mla.heads, mla.nope_dim + mla.v_dim, mla.kv_lora});
+  const auto k = mx::contiguous(mx::swapaxes(mx::slice(w, {0, 0, 0}, {mla.heads, mla.nope_dim, mla.kv_lora}), 1, 2));
+  const auto v = mx::contiguous(mx::slice(w, {0, mla.nope_dim, 0}, {mla.heads, mla.nope_dim + mla.v_dim, mla.kv_lora}));
+  for (const char* leaf : {".weight", ".scales", ".biases"}) tensors.erase(path + leaf);
+  if (bits > 0) {
+    put_quantized(tensors, at + "embed_q", k, group_size, bits);
+    put_quantized(tensors, at + "unembed_out", v, group_size, bits);
+  } else {
+    tensors.insert_or_assign(at + "embed_q.weight", k);
+    tensors.insert_or_assign(at + "unembed_out.weight", v);
+  }
+}
+
+void absorb_mla(Tensors& tensors, const arch::Model& model) {
+  std::vector<std::string> paths;
+  for (const auto& [name, value] : tensors) {
+    if (name.ends_with(".kv_b_proj.weight")) paths.push_back(name.substr(0, name.size() - std::string_view(".weight").size()));
+  }
+  for (const auto& path : paths) {
+    if (const auto* mla = mla_of_layer(model, path)) absorb_one(tensors, path, *mla);
+  }
+}
+
+}  // namespace
+
+void apply_rules(Tensors& tensors, const arch::Model& model) {
+  for (const auto& rule : model.rules) {
+    switch (rule.kind) {
+      case Rule::drop: drop(tensors, rule); break;
+      case Rule::rename: rename(tensors, rule); break;
+      case Rule::stack: stack(tensors, rule); break;
+      case Rule::conv_ncl_to_nlc: conv_to_nlc(tensors, rule); break;
+      case Rule::dequant_blocks: dequant_blocks(tensors, rule); break;
+      case Rule::absorb_mla: absorb_mla(tensors, model); break;
+      case Rule::strip_prefix: strip_prefix(tensors, rule); break;
+    }
+  }
+}
+
+}  // namespace mlxlm::weights
