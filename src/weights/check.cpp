@@ -1,5 +1,8 @@
 // Does a checkpoint fit its description? Quantization: mlx_lm/utils.py infer_quant_config
 #include <set>
+#include <sstream>
+
+#include <mlx/utils.h>
 
 #include "base/error.h"
 #include "base/text_util.h"
@@ -34,7 +37,7 @@ class Checker {
   void tensor(const plan::Tensor& t) {
     const bool can = t.role == plan::Role::matrix || t.role == plan::Role::stacked || t.role == plan::Role::embedding;
     const auto quant = can ? quant_of(t.path, t.shape.back(), tensors_, config_) : std::nullopt;
-    if (!quant) return expect(t.name(), t.shape);
+    if (!quant) return expect(t.name(), t.shape, Kind::real);
     if (t.shape.back() % quant->group_size != 0) {
       throw Error(Code::bad_weights, where_ + ": " + t.path,
                   "groups of " + std::to_string(quant->group_size) + " do not divide " + std::to_string(t.shape.back()));
@@ -42,9 +45,10 @@ class Checker {
     auto packed = t.shape, groups = t.shape;
     packed.back() = t.shape.back() * quant->bits / 32;
     groups.back() = t.shape.back() / quant->group_size;
-    expect(t.path + ".weight", packed);
-    expect(t.path + ".scales", groups);
-    if (quant->mode == "affine") expect(t.path + ".biases", groups);
+    const bool affine = quant->mode == "affine";
+    expect(t.path + ".weight", packed, Kind::codes);
+    expect(t.path + ".scales", groups, affine ? Kind::real : Kind::byte);
+    if (affine) expect(t.path + ".biases", groups, Kind::real);
     quant_.emplace(t.path, *quant);
   }
 
@@ -60,7 +64,19 @@ class Checker {
   }
 
  private:
-  void expect(const std::string& name, const std::vector<int>& shape) {
+  enum class Kind { real, codes, byte };
+
+  void expect_dtype(const std::string& name, mx::Dtype dtype, Kind kind) const {
+    const bool real = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
+    const bool fits = kind == Kind::real ? real : dtype == (kind == Kind::codes ? mx::uint32 : mx::uint8);
+    if (fits) return;
+    const char* wanted = kind == Kind::real ? "float32, float16 or bfloat16" : kind == Kind::codes ? "uint32 (packed codes)" : "uint8 (scales)";
+    std::ostringstream got;
+    got << dtype;
+    throw Error(Code::bad_weights, where_ + ": " + name, "dtype " + got.str() + ", wanted " + wanted);
+  }
+
+  void expect(const std::string& name, const std::vector<int>& shape, Kind kind) {
     const auto it = tensors_.find(name);
     if (it == tensors_.end()) {
       missing_.insert(name);
@@ -71,6 +87,7 @@ class Checker {
     if (it->second.shape() != wanted) {
       throw Error(Code::bad_weights, where_ + ": " + name, "shape " + shown(it->second.shape()) + ", wanted " + shown(wanted));
     }
+    expect_dtype(name, it->second.dtype(), kind);
   }
 
   const Tensors& tensors_;
