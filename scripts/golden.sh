@@ -15,5 +15,5 @@ while IFS= read -r maker; do
   found=yes
   say "$maker"
   "$venv/bin/python" "$maker"
-done < <(find tests -name 'make_golden*.py' | sort)
-[ "$found" = yes ] || die "no tests/**/make_golden*.py here"
+done < <(find tests -name 'make_golden*.py' -o -name 'make_expected*.py' | sort)
+[ "$found" = yes ] || die "no makers of golden data under tests/"

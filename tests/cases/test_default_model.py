@@ -35,4 +35,5 @@ def test_chunked_prefill_agrees():
 
 def test_long_answer_is_not_garbage():
     words = answer("-p", "Write a short story about a dog.", "-m", 150)["text"].lower().split()
-    assert len(words) > 60 and {"the", "a", "dog"} <= set(words)
+    # The model may turn to another animal; what must hold is that it is running text, not a loop or noise.
+    assert len(words) > 60 and {"the", "a", "of"} <= set(words) and len(set(words)) > len(words) // 3
