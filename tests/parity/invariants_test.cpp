@@ -1,0 +1,168 @@
+// What must hold of every architecture without a reference: pieces = whole, batched = alone, trim and replay, copies, lengths.
+#include <algorithm>
+
+#include <gtest/gtest.h>
+#include <mlx/ops.h>
+
+#include "parity_case.h"
+
+namespace mlxlm::tests {
+namespace {
+
+using Tokens = std::vector<int>;
+using RowsOfLogits = std::vector<std::vector<float>>;
+
+/** Another order of summation, never another formula. */
+constexpr double bound = 2e-5;
+constexpr int prompt_tokens = 40;  // beyond the windows of all configs
+
+/** The float32 models of tests/arch, dense and in 4 bits. */
+std::vector<std::string> float32_models() {
+  std::vector<std::string> names;
+  for (const auto& name : golden_names()) {
+    if (!name.starts_with("llama_rope") && (name.ends_with(".f32") || name.ends_with(".q4")) && name.find("published") == std::string::npos) names.push_back(name);
+  }
+  return names;
+}
+
+class Invariants : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    const auto golden = load_golden(GetParam());
+    tokens_ = golden.tokens("long_prompt");
+    ASSERT_EQ(tokens_.size(), prompt_tokens);
+    model_ = make_model(make_checkpoint(golden.info.at("config"), golden.info));
+    // Its rotation depends on the length of the call from 32 tokens on: only within them are pieces the whole.
+    if (GetParam().starts_with("llama_dynamic")) tokens_.resize(30);
+  }
+
+  cache::Caches fresh() const { return cache::make_caches(model_->description()); }
+  RowsOfLogits run(const Tokens& tokens, cache::Caches& caches) { return to_rows(model_->forward(batch_of(tokens), caches)); }
+  Tokens part(std::size_t from, std::size_t to) const { return {tokens_.begin() + from, tokens_.begin() + std::min(to, tokens_.size())}; }
+
+  RowsOfLogits in_pieces(std::size_t size) {
+    auto caches = fresh();
+    RowsOfLogits rows;
+    for (std::size_t at = 0; at < tokens_.size(); at += size) {
+      for (auto& row : run(part(at, at + size), caches)) rows.push_back(std::move(row));
+    }
+    return rows;
+  }
+
+  static void expect_near(const RowsOfLogits& got, const RowsOfLogits& wanted, double within = bound) {
+    ASSERT_EQ(got.size(), wanted.size());
+    for (std::size_t i = 0; i < got.size(); ++i) EXPECT_LE(difference(got[i], wanted[i]), within) << "row " << i;
+  }
+
+  Tokens tokens_;
+  std::unique_ptr<model::CausalModel> model_;
+};
+
+TEST_P(Invariants, PiecesAreTheWhole) {
+  cache::Caches none;
+  const auto whole = run(tokens_, none);
+  for (const std::size_t size : {1, 3, 8, 29}) {
+    SCOPED_TRACE("pieces of " + std::to_string(size));
+    expect_near(in_pieces(size), whole);
+  }
+}
+
+TEST_P(Invariants, LastRowIsTheLastOfAll) {
+  cache::Caches none;
+  const auto whole = run(tokens_, none);
+  const auto last = to_rows(model_->forward(batch_of(tokens_), none, model::Rows::last));
+  ASSERT_EQ(last.size(), 1u);
+  EXPECT_LE(difference(last[0], whole.back()), bound);
+}
+
+TEST_P(Invariants, BatchedIsAlone) {
+  const int length = static_cast<int>(tokens_.size());
+  const Tokens reversed(tokens_.rbegin(), tokens_.rend());
+  Tokens both = tokens_;
+  both.insert(both.end(), reversed.begin(), reversed.end());
+  auto together = fresh(), first = fresh(), second = fresh();
+  const auto prompt = model_->forward(mx::reshape(batch_of(both), {2, length}), together);
+  expect_near(to_rows(prompt, 0), run(tokens_, first));
+  expect_near(to_rows(prompt, 1), run(reversed, second));
+  const auto next = model_->forward(mx::reshape(batch_of({5, 7}), {2, 1}), together);
+  expect_near(to_rows(next, 0), run({5}, first));
+  expect_near(to_rows(next, 1), run({7}, second));
+}
+
+TEST_P(Invariants, EveryCacheAdvancesByTheTokensRun) {
+  auto caches = fresh();
+  const auto layout = plan::cache_layout(model_->description());
+  ASSERT_EQ(caches.size(), layout.size());
+  int seen = 0;
+  for (const int count : {11, 1, 1, 5}) {
+    run(part(seen, seen + count), caches);
+    seen += count;
+    for (std::size_t i = 0; i < caches.size(); ++i) {
+      ASSERT_EQ(caches[i] != nullptr, layout[i].kind != plan::CacheKind::none) << "layer " << i;
+      if (caches[i]) {
+        EXPECT_EQ(caches[i]->offset(), seen) << "layer " << i;
+      }
+    }
+  }
+}
+
+TEST_P(Invariants, TrimAndReplay) {
+  auto caches = fresh();
+  run(part(0, 6), caches);
+  if (!std::ranges::all_of(caches, [](const auto& c) { return !c || c->trimmable(); })) GTEST_SKIP() << "a recurrent layer cannot go back";
+  run({9}, caches);
+  for (auto& c : caches) {
+    if (c) {
+      EXPECT_EQ(c->trim(3), 3);
+    }
+  }
+  auto replayed = run(part(4, 7), caches);
+  auto straight = fresh();
+  run(part(0, 4), straight);
+  expect_near(replayed, run(part(4, 7), straight));
+  expect_near(run({3}, caches), run({3}, straight));
+}
+
+TEST_P(Invariants, ACopyIsIndependent) {
+  auto caches = fresh();
+  run(part(0, 13), caches);
+  cache::Caches copies;
+  for (const auto& c : caches) copies.push_back(c ? c->copy() : nullptr);
+  run({2}, copies);  // must not show in `caches`
+  run({4}, copies);
+  cache::Caches again;
+  for (const auto& c : caches) again.push_back(c ? c->copy() : nullptr);
+  run({9}, caches);  // must not show in `again`
+  auto straight = fresh();
+  run(part(0, 13), straight);
+  run({9}, straight);
+  expect_near(run(part(14, 20), caches), run(part(14, 20), straight));
+  auto other = fresh();
+  run(part(0, 13), other);
+  expect_near(run(part(13, 20), again), run(part(13, 20), other));
+}
+
+TEST_P(Invariants, WindowsAndStatesDoNotGrow) {
+  auto caches = fresh();
+  run(tokens_, caches);
+  for (int i = 0; i < 3; ++i) run({i + 1}, caches);
+  std::vector<int64_t> before;
+  for (const auto& c : caches) before.push_back(c ? c->bytes() : 0);
+  for (int i = 0; i < 12; ++i) run({i + 1}, caches);
+  const auto layout = plan::cache_layout(model_->description());
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    const bool bounded = layout[i].kind == plan::CacheKind::rotating || layout[i].kind == plan::CacheKind::recurrent;
+    if (bounded) {
+      EXPECT_LE(caches[i]->bytes(), before[i]) << "layer " << i;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Model, Invariants, testing::ValuesIn(float32_models()), [](const auto& info) {
+  std::string name = info.param;
+  std::ranges::replace(name, '.', '_');
+  return name;
+});
+
+}  // namespace
+}  // namespace mlxlm::tests
