@@ -143,7 +143,7 @@ void Generation::check_growth(int processed) const {
 }
 
 Sampled Generation::step(const mx::array& tokens) {
-  auto logits = mx::squeeze(model_.forward(tokens, caches_, model::Rows::last), 1);
+  auto logits = model_.run(tokens, {{tokens.shape(0), 1, &caches_}});
   if (options_.processors.any()) logits = sample::process(logits, history_, options_.processors);
   const bool greedy = options_.sampler.temperature == 0.f;
   // Normalizing does not move the maximum, so plain greedy decoding skips it.
@@ -169,7 +169,7 @@ std::optional<Sampled> Generation::prefill() {
   while (true) {
     if (cancelled()) return std::nullopt;
     const int count = std::min(options_.prefill_step_tokens, total - processed);
-    const mx::array chunk(prompt_.data() + processed, {1, count}, mx::int32);
+    const mx::array chunk(prompt_.data() + processed, {count}, mx::int32);
     processed += count;
     if (processed == total) {
       if (options_.processors.any()) history_ = prompt_;
@@ -179,8 +179,8 @@ std::optional<Sampled> Generation::prefill() {
       report(total);
       return first;
     }
-    model_.forward(chunk, caches_, model::Rows::last);
-    evaluate_state(caches_);  // the logits are never asked for, so never computed
+    model_.run(chunk, {{count, 0, &caches_}});
+    evaluate_state(caches_);
     mx::clear_cache();
     check_growth(processed);
     report(processed);
@@ -233,7 +233,7 @@ Response Generation::run(const std::function<bool(const Response&)>& on_response
     // Processors need the token itself before the next step can be described.
     if (options_.processors.any()) history_.push_back(current->token.item<int>());
     if (!last || keeps_caches_) {
-      next = step(mx::reshape(current->token, {1, 1}));
+      next = step(current->token);
       mx::async_eval(next->arrays());
     }
     const int token = current->token.item<int>();

@@ -19,7 +19,7 @@ cache::AttentionCache* attention_cache(cache::Cache* cache) {
   return found;
 }
 
-class AttentionBlock final : public Block {
+class AttentionBlock final : public Mixer {
  public:
   AttentionBlock(const arch::Attention& op, Store& store, const std::string& at) : op_(op), rotation_(op.rope) {
     const std::string path = at + op.at + ".";
@@ -30,9 +30,11 @@ class AttentionBlock final : public Block {
     scale_ = op.scale != 0.f ? op.scale : 1.f / std::sqrt(float(op.head_dim));
   }
 
-  mx::array operator()(const mx::array& x, cache::Cache* cache) override {
-    const int q = op_.heads * op_.head_dim, kv = op_.kv_heads * op_.head_dim;
-    const auto qkv = (*qkv_)(x);
+ protected:
+  mx::array before(const mx::array& x) override { return (*qkv_)(x); }
+  mx::array after(const mx::array& mixed) override { return (*o_)(mixed); }
+  mx::array mix(const mx::array& qkv, cache::Cache* cache) override {
+    const int q = op_.heads * op_.head_dim, kv = op_.kv_heads * op_.head_dim, length = qkv.shape(1);
     auto* held = attention_cache(cache);
     const int offset = held != nullptr ? held->offset() : 0;
     const auto queries = rotation_(heads(columns(qkv, 0, q), op_.heads, q_norm_), offset);
@@ -42,9 +44,9 @@ class AttentionBlock final : public Block {
     // One new token sees all that a rotating cache holds.
     const bool rotating = dynamic_cast<cache::RotatingKvCache*>(held) != nullptr;
     int window = op_.window.value_or(0);
-    if (rotating && x.shape(1) == 1) window = 0;
-    if (rotating && x.shape(1) > 1 && window == 0) window = static_cast<cache::RotatingKvCache*>(held)->max_size();
-    return (*o_)(nn::attention(queries, keys, values, scale_, window, op_.softcap));
+    if (rotating && length == 1) window = 0;
+    if (rotating && length > 1 && window == 0) window = static_cast<cache::RotatingKvCache*>(held)->max_size();
+    return nn::attention(queries, keys, values, scale_, window, op_.softcap);
   }
 
  private:
@@ -62,7 +64,7 @@ class AttentionBlock final : public Block {
 };
 
 /** Reference: mlx_lm/models/deepseek_v3.py. The cache holds the latent [B,1,S,R] and the shared rotary key [B,1,S,P]. */
-class MlaBlock final : public Block {
+class MlaBlock final : public Mixer {
  public:
   MlaBlock(const arch::Mla& op, Store& store, const std::string& at) : op_(op), rotation_(op.rope) {
     const std::string path = at + op.at + ".";
@@ -81,20 +83,27 @@ class MlaBlock final : public Block {
     o_ = store.map({path + "o_proj"});
   }
 
-  mx::array operator()(const mx::array& x, cache::Cache* cache) override {
-    const int batch = x.shape(0), length = x.shape(1);
+ protected:
+  /** Queries and compressed keys side by side. */
+  mx::array before(const mx::array& x) override {
+    const auto q = (*q_)(q_a_ ? (*q_norm_)((*q_a_)(x)) : x);
+    return mx::concatenate({q, (*kv_a_)(x)}, -1);
+  }
+  mx::array after(const mx::array& mixed) override { return (*o_)(mixed); }
+  mx::array mix(const mx::array& projected, cache::Cache* cache) override {
+    const int length = projected.shape(1), q_dims = op_.heads * (op_.nope_dim + op_.rope_dim);
     auto* held = attention_cache(cache);
     const int offset = held != nullptr ? held->offset() : 0;
-    const auto q = mx::reshape((*q_)(q_a_ ? (*q_norm_)((*q_a_)(x)) : x), {batch, length, op_.heads, op_.nope_dim + op_.rope_dim});
+    const auto q = mx::reshape(columns(projected, 0, q_dims), {1, length, op_.heads, op_.nope_dim + op_.rope_dim});
     const auto q_nope = mx::transpose(columns(q, 0, op_.nope_dim), {0, 2, 1, 3});
     const auto q_rope = rotation_(columns(q, op_.nope_dim, op_.nope_dim + op_.rope_dim), offset);
-    const auto compressed = (*kv_a_)(x);
+    const auto compressed = columns(projected, q_dims, projected.shape(2));
     auto latent = mx::expand_dims((*kv_norm_)(columns(compressed, 0, op_.kv_lora)), 1);
     auto key = rotation_(mx::expand_dims(columns(compressed, op_.kv_lora, op_.kv_lora + op_.rope_dim), 2), offset);
     if (held != nullptr) std::tie(latent, key) = held->update(latent, key);
-    auto scores = mx::matmul(mx::multiply(q_rope, number(op_.scale, x)), mx::swapaxes(key, -1, -2));
-    if (length > 1) scores = mx::where(causal(length, latent.shape(2)), scores, number(lowest(x.dtype()), x));
-    return (*o_)(merge(length == 1 ? decode(q_nope, latent, scores) : prefill(q_nope, latent, scores)));
+    auto scores = mx::matmul(mx::multiply(q_rope, number(op_.scale, q)), mx::swapaxes(key, -1, -2));
+    if (length > 1) scores = mx::where(causal(length, latent.shape(2)), scores, number(lowest(q.dtype()), q));
+    return merge(length == 1 ? decode(q_nope, latent, scores) : prefill(q_nope, latent, scores));
   }
 
  private:

@@ -16,7 +16,7 @@ class GluBlock final : public Block {
     gate_up_ = op.fused_gate_up.empty() ? store.map({path + op.gate, path + op.up}) : store.map({path + op.fused_gate_up});
     down_ = store.map({path + op.down});
   }
-  mx::array operator()(const mx::array& x, cache::Cache*) override { return (*down_)(nn::glu((*gate_up_)(x), act_)); }
+  mx::array operator()(const mx::array& x, const Parts&) override { return (*down_)(nn::glu((*gate_up_)(x), act_)); }
 
  private:
   arch::Act act_;
@@ -29,7 +29,7 @@ class MlpBlock final : public Block {
     up_ = store.map({at + op.at + "." + op.up});
     down_ = store.map({at + op.at + "." + op.down});
   }
-  mx::array operator()(const mx::array& x, cache::Cache*) override { return (*down_)(nn::activate((*up_)(x), act_)); }
+  mx::array operator()(const mx::array& x, const Parts&) override { return (*down_)(nn::activate((*up_)(x), act_)); }
 
  private:
   arch::Act act_;
@@ -37,6 +37,18 @@ class MlpBlock final : public Block {
 };
 
 }  // namespace
+
+mx::array Mixer::operator()(const mx::array& x, const Parts& parts) {
+  const auto projected = before(x);
+  if (parts.size() == 1) return after(mix(projected, parts[0].cache));
+  std::vector<mx::array> mixed;
+  int at = 0;
+  for (const auto& part : parts) {
+    mixed.push_back(mix(mx::slice(projected, {0, at, 0}, {1, at + part.tokens, projected.shape(2)}), part.cache));
+    at += part.tokens;
+  }
+  return after(mx::concatenate(mixed, 1));
+}
 
 mx::array Store::take(const std::string& name) {
   const auto it = tensors_.find(name);

@@ -1,10 +1,11 @@
-// Ops of a description with their weights: each turns x [B,L,D] into [B,L,D].
+// Ops of a description with their weights: each turns x [1,T,D] into [1,T,D].
 #pragma once
 
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "arch/model.h"
 #include "cache/cache.h"
@@ -45,11 +46,30 @@ class NormBlock {
   std::optional<mx::array> weight_, bias_;
 };
 
+/** A sequence's tokens in a step, and its cache of the layer at hand; null when nothing is remembered. */
+struct Part {
+  int tokens;
+  cache::Cache* cache;
+};
+using Parts = std::vector<Part>;
+
 class Block {
  public:
   virtual ~Block() = default;
-  /** `cache` is null when nothing is remembered. */
-  virtual mx::array operator()(const mx::array& x, cache::Cache* cache) = 0;
+  /** x [1,T,D], the parts' tokens one after the other -> [1,T,D]. */
+  virtual mx::array operator()(const mx::array& x, const Parts& parts) = 0;
+};
+
+/** A block whose tokens look at each other: matmuls run over all parts at once, what lies between them over each part alone. */
+class Mixer : public Block {
+ public:
+  mx::array operator()(const mx::array& x, const Parts& parts) final;
+
+ protected:
+  virtual mx::array before(const mx::array& x) = 0;
+  /** projected [1,L,*] of one sequence. Advances the cache. */
+  virtual mx::array mix(const mx::array& projected, cache::Cache* cache) = 0;
+  virtual mx::array after(const mx::array& mixed) = 0;
 };
 
 /** `at` is the layer's path with a dot at the end. */

@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include <mlx/array.h>
 
@@ -20,17 +21,30 @@ namespace mx = mlx::core;
 
 enum class Rows { all, last };
 
+/** What one sequence does in a step. A batch is a list of these: each has caches of its own, so sequences of any length and with any kind of
+ *  cache run together, prefill beside decode, without padding. */
+struct Segment {
+  int tokens = 1;
+  int wanted_rows = 1;               // logits of its last so many tokens; 0 = none (a chunk of a prompt)
+  cache::Caches* caches = nullptr;   // null or empty: nothing is remembered
+};
+
 /** Thread: the one that owns MLX. */
 class CausalModel {
  public:
   virtual ~CausalModel() = default;
-  /** tokens [B,L] int32 -> logits [B,L,V] (or [B,1,V] for Rows::last), in the model's dtype. Advances each cache by L.
-   *  `caches` may be empty: then nothing is remembered. */
-  virtual mx::array forward(const mx::array& tokens, cache::Caches& caches, Rows rows = Rows::all) = 0;
+  /** tokens int32 [T], the segments one after the other -> logits [R, V] of all wanted rows in the same order, in the model's dtype. Advances each
+   *  cache by its segment's tokens. On the CPU, a sequence's logits are the same bits whatever runs beside it. */
+  virtual mx::array run(const mx::array& tokens, const std::vector<Segment>& segments) = 0;
+  /** One sequence: tokens [1,L] int32 -> logits [1,L,V], or [1,1,V] for Rows::last. */
+  mx::array forward(const mx::array& tokens, cache::Caches& caches, Rows rows = Rows::all);
   virtual const arch::Model& description() const = 0;
   /** Bytes of all parameters as they lie in memory. */
   virtual int64_t weight_bytes() const = 0;
 };
+
+/** Throws Error(internal) when a caller's segments contradict each other, the tokens or the model. */
+void check_segments(const mx::array& tokens, const std::vector<Segment>& segments, const arch::Model& description);
 
 /** Builds the graph executor. Consumes the tensors. Throws Error(bad_weights). */
 std::unique_ptr<CausalModel> make_graph_model(arch::Model description, weights::Tensors tensors,

@@ -25,7 +25,7 @@ class MoeBlock final : public Block {
     }
   }
 
-  mx::array operator()(const mx::array& x, cache::Cache*) override {
+  mx::array operator()(const mx::array& x, const Parts&) override {
     const auto flat = mx::reshape(x, {-1, x.shape(2)});
     const auto chosen = nn::route((*router_)(flat), op_, correction_);
     const auto input = into_latent_ ? (*into_latent_)(flat) : flat;

@@ -46,20 +46,22 @@ class GraphModel final : public CausalModel {
     bytes_ = store.bytes;
   }
 
-  mx::array forward(const mx::array& tokens, cache::Caches& caches, Rows rows) override {
-    if (!caches.empty() && caches.size() != layers_.size()) throw Error(Code::internal, "forward", "caches of another model");
-    auto x = embed_->embed(tokens, dtype_);
+  mx::array run(const mx::array& tokens, const std::vector<Segment>& segments) override {
+    check_segments(tokens, segments, description_);
+    auto x = mx::expand_dims(embed_->embed(tokens, dtype_), 0);
     if (description_.embed_scale != 1.f) {
       const auto scale = mx::array(description_.embed_scale);
       x = mx::multiply(x, mx::astype(description_.embed_scale_bf16 ? mx::astype(scale, mx::bfloat16) : scale, dtype_));
     }
+    Parts parts(segments.size());
     for (std::size_t i = 0; i < layers_.size(); ++i) {
-      cache::Cache* held = caches.empty() ? nullptr : caches[i].get();
-      for (auto& step : layers_[i]) x = run_step(step, x, held);
+      for (std::size_t s = 0; s < segments.size(); ++s) {
+        const auto* caches = segments[s].caches;
+        parts[s] = {segments[s].tokens, caches == nullptr || caches->empty() ? nullptr : (*caches)[i].get()};
+      }
+      for (auto& step : layers_[i]) x = run_step(step, x, parts);
     }
-    if (rows == Rows::last && x.shape(1) > 1) {
-      x = mx::slice(x, {0, x.shape(1) - 1, 0}, x.shape());
-    }
+    x = wanted_rows(mx::squeeze(x, 0), segments);
     auto logits = (*head_)((*final_norm_)(x));
     if (description_.logit_scale != 1.f) logits = mx::multiply(logits, mx::array(description_.logit_scale, logits.dtype()));
     if (const float cap = description_.logit_softcap; cap > 0.f) {
@@ -96,10 +98,22 @@ class GraphModel final : public CausalModel {
     return steps;
   }
 
-  static mx::array run_step(StepBlocks& step, const mx::array& x, cache::Cache* held) {
+  /** x [T,D] -> [R,D]. */
+  static mx::array wanted_rows(const mx::array& x, const std::vector<Segment>& segments) {
+    std::vector<mx::array> kept;
+    int end = 0;
+    for (const auto& segment : segments) {
+      end += segment.tokens;
+      if (segment.wanted_rows > 0) kept.push_back(mx::slice(x, {end - segment.wanted_rows, 0}, {end, x.shape(1)}));
+    }
+    if (kept.empty()) return mx::slice(x, {0, 0}, {0, x.shape(1)});
+    return kept.size() == 1 ? kept[0] : mx::concatenate(kept, 0);
+  }
+
+  static mx::array run_step(StepBlocks& step, const mx::array& x, const Parts& parts) {
     const auto input = step.pre ? (*step.pre)(x) : x;
-    auto y = (*step.ops[0])(input, held);
-    for (std::size_t i = 1; i < step.ops.size(); ++i) y = mx::add(y, (*step.ops[i])(input, held));
+    auto y = (*step.ops[0])(input, parts);
+    for (std::size_t i = 1; i < step.ops.size(); ++i) y = mx::add(y, (*step.ops[i])(input, parts));
     if (step.post) y = (*step.post)(y);
     if (step.scale != 1.f) y = mx::multiply(y, mx::array(step.scale, y.dtype()));
     return step.clip_f16 ? clipped_sum(x, y) : mx::add(x, y);
@@ -114,6 +128,24 @@ class GraphModel final : public CausalModel {
 };
 
 }  // namespace
+
+void check_segments(const mx::array& tokens, const std::vector<Segment>& segments, const arch::Model& description) {
+  int64_t total = 0;
+  for (const auto& s : segments) {
+    if (s.tokens < 1 || s.wanted_rows < 0 || s.wanted_rows > s.tokens) throw Error(Code::internal, "run", "a segment's counts do not fit");
+    if (s.caches != nullptr && !s.caches->empty() && s.caches->size() != description.layers.size()) {
+      throw Error(Code::internal, "run", "caches of another model");
+    }
+    total += s.tokens;
+  }
+  if (tokens.ndim() != 1 || tokens.shape(0) != total || total == 0) throw Error(Code::internal, "run", "the segments do not cover the tokens");
+}
+
+mx::array CausalModel::forward(const mx::array& tokens, cache::Caches& caches, Rows rows) {
+  if (tokens.ndim() != 2 || tokens.shape(0) != 1) throw Error(Code::internal, "forward", "wanted tokens of one sequence, [1, L]");
+  const int length = tokens.shape(1);
+  return mx::expand_dims(run(mx::reshape(tokens, {length}), {{length, rows == Rows::all ? length : 1, &caches}}), 0);
+}
 
 std::unique_ptr<CausalModel> make_graph_model(arch::Model description, weights::Tensors tensors,
                                               const std::map<std::string, plan::Quant>& quant) {

@@ -8,7 +8,7 @@
 namespace mlxlm::model {
 namespace {
 
-class Mamba2Block final : public Block {
+class Mamba2Block final : public Mixer {
  public:
   Mamba2Block(const arch::Mamba2& op, Store& store, const std::string& at)
       : op_(op),
@@ -22,11 +22,13 @@ class Mamba2Block final : public Block {
     if (op.conv_bias) conv_bias_ = store.take(at + op.at + ".conv1d.bias");
   }
 
-  mx::array operator()(const mx::array& x, cache::Cache* cache) override {
-    const int batch = x.shape(0), length = x.shape(1), inner = op_.heads * op_.head_dim, wide = op_.groups * op_.state;
+ protected:
+  mx::array before(const mx::array& x) override { return (*in_)(x); }
+  mx::array after(const mx::array& mixed) override { return (*out_)(mixed); }
+  mx::array mix(const mx::array& projected, cache::Cache* cache) override {
+    const int batch = projected.shape(0), length = projected.shape(1), inner = op_.heads * op_.head_dim, wide = op_.groups * op_.state;
     auto* held = dynamic_cast<cache::RecurrentCache*>(cache);
     if (cache != nullptr && held == nullptr) throw Error(Code::internal, "mamba", "got the cache of another kind of layer");
-    const auto projected = (*in_)(x);
     const auto gate = columns(projected, 0, inner);
     const auto dt = columns(projected, 2 * inner + 2 * wide, 2 * inner + 2 * wide + op_.heads);
     const auto convolved = nn::short_conv(columns(projected, inner, 2 * inner + 2 * wide), held ? held->slot(0) : std::nullopt, conv_, conv_bias_);
@@ -34,13 +36,13 @@ class Mamba2Block final : public Block {
     const auto scanned = nn::ssm_scan(mx::reshape(columns(mixed, 0, inner), {batch, length, op_.heads, op_.head_dim}), a_log_,
                                       mx::reshape(columns(mixed, inner, inner + wide), {batch, length, op_.groups, op_.state}),
                                       mx::reshape(columns(mixed, inner + wide, inner + 2 * wide), {batch, length, op_.groups, op_.state}),
-                                      mx::astype(d_, x.dtype()), dt, dt_bias_, held ? held->slot(1) : std::nullopt, op_.dt_min, op_.dt_max);
+                                      mx::astype(d_, projected.dtype()), dt, dt_bias_, held ? held->slot(1) : std::nullopt, op_.dt_min, op_.dt_max);
     if (held != nullptr) {
       held->set_slot(0, mx::contiguous(convolved[1]));
       held->set_slot(1, scanned[1]);
       held->advance(length);
     }
-    return (*out_)(gated_norm(mx::reshape(scanned[0], {batch, length, inner}), gate));
+    return gated_norm(mx::reshape(scanned[0], {batch, length, inner}), gate);
   }
 
  private:

@@ -1,5 +1,6 @@
 // What must hold of every architecture without a reference: pieces = whole, batched = alone, trim and replay, copies, lengths.
 #include <algorithm>
+#include <array>
 
 #include <gtest/gtest.h>
 #include <mlx/ops.h>
@@ -75,18 +76,44 @@ TEST_P(Invariants, LastRowIsTheLastOfAll) {
   EXPECT_LE(difference(last[0], whole.back()), bound);
 }
 
+/** A long prompt, one token of another sequence, and a short prompt in one step, and again: bit for bit what each gives alone. */
 TEST_P(Invariants, BatchedIsAlone) {
-  const int length = static_cast<int>(tokens_.size());
-  const Tokens reversed(tokens_.rbegin(), tokens_.rend());
-  Tokens both = tokens_;
-  both.insert(both.end(), reversed.begin(), reversed.end());
-  auto together = fresh(), first = fresh(), second = fresh();
-  const auto prompt = model_->forward(mx::reshape(batch_of(both), {2, length}), together);
-  expect_near(to_rows(prompt, 0), run(tokens_, first));
-  expect_near(to_rows(prompt, 1), run(reversed, second));
-  const auto next = model_->forward(mx::reshape(batch_of({5, 7}), {2, 1}), together);
-  expect_near(to_rows(next, 0), run({5}, first));
-  expect_near(to_rows(next, 1), run({7}, second));
+  const Tokens& a = tokens_;
+  const Tokens b(tokens_.rbegin(), tokens_.rend()), c = part(3, 9);
+  std::array<cache::Caches, 3> together{fresh(), fresh(), fresh()}, alone{fresh(), fresh(), fresh()};
+  run(b, together[1]);
+  run(b, alone[1]);
+  const auto step = [&](const std::array<Tokens, 3>& next) {
+    Tokens all;
+    std::vector<model::Segment> segments;
+    for (int i = 0; i < 3; ++i) {
+      all.insert(all.end(), next[i].begin(), next[i].end());
+      segments.push_back({static_cast<int>(next[i].size()), static_cast<int>(next[i].size()), &together[i]});
+    }
+    const auto logits = to_rows(mx::expand_dims(model_->run(mx::flatten(batch_of(all)), segments), 0));
+    std::size_t at = 0;
+    for (int i = 0; i < 3; ++i) {
+      for (const auto& row : run(next[i], alone[i])) EXPECT_EQ(logits.at(at++), row) << "sequence " << i;
+    }
+  };
+  step({a, {5}, c});
+  step({Tokens{5}, {7}, {9}});
+  step({Tokens{8}, {1, 2, 3}, {4}});
+}
+
+TEST_P(Invariants, OnlyWantedRowsComeBack) {
+  auto first = fresh(), second = fresh(), alone = fresh();
+  Tokens both = part(0, 5);
+  both.insert(both.end(), tokens_.begin(), tokens_.begin() + 4);
+  const auto logits = model_->run(mx::flatten(batch_of(both)), {{5, 0, &first}, {4, 2, &second}});
+  ASSERT_EQ(logits.shape(0), 2);
+  const auto wanted = run(part(0, 4), alone);
+  const auto got = to_rows(mx::expand_dims(logits, 0));
+  EXPECT_EQ(got[0], wanted[2]);
+  EXPECT_EQ(got[1], wanted[3]);
+  auto other = fresh();
+  run(part(0, 5), other);
+  EXPECT_EQ(run({3}, first), run({3}, other));
 }
 
 TEST_P(Invariants, EveryCacheAdvancesByTheTokensRun) {

@@ -162,6 +162,10 @@ std::vector<float> last_row(const mx::array& logits, int b) {
   return to_rows(logits, b).back();
 }
 
+std::vector<float> row_of(const mx::array& logits, int r) {
+  return to_rows(mx::expand_dims(logits, 0)).at(r);
+}
+
 double difference(const std::vector<float>& a, const std::vector<float>& b) {
   constexpr double infinite = std::numeric_limits<double>::infinity();
   if (a.size() != b.size() || b.empty()) return infinite;

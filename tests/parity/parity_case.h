@@ -48,6 +48,8 @@ mx::array batch_of(const std::vector<int>& tokens);
 /** x [B, L, V] -> float32 rows of sequence b. */
 std::vector<std::vector<float>> to_rows(const mx::array& logits, int b = 0);
 std::vector<float> last_row(const mx::array& logits, int b = 0);
+/** Row r of logits [R, V]. */
+std::vector<float> row_of(const mx::array& logits, int r);
 
 /** Largest |a - b| as a part of the spread (max - min) of b; infinite when a value is not finite or lengths differ. */
 double difference(const std::vector<float>& a, const std::vector<float>& b);

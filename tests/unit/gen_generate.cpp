@@ -65,13 +65,13 @@ class ScriptedModel final : public model::CausalModel {
   ScriptedModel(int prompt, std::string script, bool ends = true) : prompt_(prompt), script_(std::move(script)), ends_(ends) {
     description_.vocab = kVocab;
   }
-  mx::array forward(const mx::array& tokens, cache::Caches&, model::Rows) override {
-    calls.push_back(tokens.shape(1));
-    seen_ += tokens.shape(1);
+  mx::array run(const mx::array& tokens, const std::vector<model::Segment>&) override {
+    calls.push_back(tokens.shape(0));
+    seen_ += tokens.shape(0);
     const int at = std::max(0, seen_ - prompt_);
     const int size = static_cast<int>(script_.size());
     const int next = at < size ? static_cast<unsigned char>(script_[at]) : at == size && ends_ ? kEos : 'x';
-    return mx::expand_dims(mx::astype(mx::equal(mx::arange(kVocab), mx::array(next)), mx::float32) * mx::array(10.f), {0, 1});
+    return mx::expand_dims(mx::astype(mx::equal(mx::arange(kVocab), mx::array(next)), mx::float32) * mx::array(10.f), 0);
   }
   const arch::Model& description() const override { return description_; }
   int64_t weight_bytes() const override { return 0; }
