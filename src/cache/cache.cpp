@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include <mlx/allocator.h>
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
@@ -45,10 +46,26 @@ std::optional<mx::array> deep(const std::optional<mx::array>& a) {
   return copied;
 }
 
+mx::array new_buffer(int heads, int rows, int dims, mx::Dtype dtype) {
+  const auto bytes = static_cast<std::size_t>(heads) * rows * dims * mx::size_of(dtype);
+  return mx::array(mx::allocator::malloc(bytes), {1, heads, rows, dims}, dtype);
+}
+
+/** A plan with fresh buffers of `rows` rows. */
+WritePlan fresh_plan(const KvShape& s, int rows, const std::optional<mx::array>& old_keys, const std::optional<mx::array>& old_values) {
+  return {new_buffer(s.kv_heads, rows, s.key_dims, s.dtype), new_buffer(s.kv_heads, rows, s.value_dims, s.dtype), old_keys, old_values};
+}
+
+/** Whether the buffer lies in memory as kernels read it. */
+bool plain(const std::optional<mx::array>& a, const KvShape& s) {
+  return !a || (a->is_available() && a->dtype() == s.dtype && a->flags().row_contiguous && a->data_size() == a->size());
+}
+
 int64_t bytes_of(const std::optional<mx::array>& a) { return a ? static_cast<int64_t>(a->nbytes()) : 0; }
 
-std::vector<mx::array> both(const std::optional<mx::array>& a, const std::optional<mx::array>& b) {
+std::vector<mx::array> both(const std::optional<mx::array>& a, const std::optional<mx::array>& b, const std::optional<mx::array>& written) {
   std::vector<mx::array> list;
+  if (written) list.push_back(*written);
   if (a) list.push_back(*a);
   if (b) list.push_back(*b);
   return list;
@@ -56,12 +73,37 @@ std::vector<mx::array> both(const std::optional<mx::array>& a, const std::option
 
 }  // namespace
 
+void AttentionCache::settle() const {
+  if (written_) mx::eval(*written_);
+  written_.reset();
+}
+
 std::pair<mx::array, mx::array> KvCache::update(const mx::array& k, const mx::array& v) {
+  settle();
   const int end = offset_ + k.shape(2);
   keys_ = written(grown(keys_, k, offset_, end), k, offset_);
   values_ = written(grown(values_, v, offset_, end), v, offset_);
   offset_ = end;
   return {rows(*keys_, 0, end), rows(*values_, 0, end)};
+}
+
+std::optional<WritePlan> KvCache::plan_write(int tokens, const KvShape& shape) {
+  if (!written_) mx::eval(state());
+  if (!plain(keys_, shape) || !plain(values_, shape)) return std::nullopt;
+  const int end = offset_ + tokens, held = keys_ ? keys_->shape(2) : 0;
+  std::optional<WritePlan> plan;
+  if (end <= held) {
+    plan = WritePlan{*keys_, *values_};
+  } else {
+    const int wanted = std::max(end, held + held / 2);
+    plan = fresh_plan(shape, (wanted + block_tokens - 1) / block_tokens * block_tokens, keys_, values_);
+    if (offset_ > 0) plan->copies = {{0, 0, offset_}};
+    keys_ = plan->keys;
+    values_ = plan->values;
+  }
+  plan->write_at = offset_;
+  plan->visible_rows = offset_ = end;
+  return plan;
 }
 
 int KvCache::trim(int n) {
@@ -70,10 +112,11 @@ int KvCache::trim(int n) {
   return n;
 }
 
-std::vector<mx::array> KvCache::state() const { return both(keys_, values_); }
+std::vector<mx::array> KvCache::state() const { return both(keys_, values_, written_); }
 int64_t KvCache::bytes() const { return bytes_of(keys_) + bytes_of(values_); }
 
 std::unique_ptr<Cache> KvCache::copy() const {
+  settle();
   auto other = std::make_unique<KvCache>();
   other->keys_ = deep(keys_);
   other->values_ = deep(values_);
@@ -103,7 +146,72 @@ mx::array RotatingKvCache::trimmed(int count, const mx::array& v, const mx::arra
   return parts.size() == 1 ? parts[0] : mx::concatenate(parts, 2);
 }
 
+/** As the two branches of update(), in rows instead of arrays. */
+std::optional<WritePlan> RotatingKvCache::plan_write(int tokens, const KvShape& shape) {
+  if (!written_) mx::eval(state());
+  if (!plain(keys_, shape) || !plain(values_, shape)) return std::nullopt;
+  auto plan = tokens > 1 ? plan_write_many(tokens, shape) : plan_write_one(shape);
+  keys_ = plan.keys;
+  values_ = plan.values;
+  return plan;
+}
+
+WritePlan RotatingKvCache::plan_write_many(int tokens, const KvShape& shape) {
+  std::vector<std::pair<int, int>> order;  // rows from the oldest to the newest
+  const int held = keys_ ? keys_->shape(2) : 0;
+  if (keys_ && index_ == held) {
+    order = {{0, std::min(keep_, held)}, {std::min(keep_, held), held}};
+  } else if (keys_ && index_ < offset_) {
+    order = {{0, keep_}, {index_, held}, {keep_, index_}};
+  } else if (keys_) {
+    order = {{0, std::min(keep_, index_)}, {std::min(keep_, index_), index_}};
+  }
+  int kept = 0;
+  for (const auto& [from, to] : order) kept += to - from;
+  int excess = std::max(0, kept - max_size_ + 1);  // each new token sees max_size tokens, itself included
+  std::vector<WritePlan::Copy> copies;
+  int at = 0;
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    auto [from, to] = order[i];
+    const int dropped = i == 0 ? 0 : std::min(excess, to - from);
+    excess -= dropped;
+    from += dropped;
+    if (to > from) copies.push_back({from, at, to - from});
+    at += std::max(0, to - from);
+  }
+  auto plan = fresh_plan(shape, at + tokens, keys_, values_);
+  plan.copies = std::move(copies);
+  plan.write_at = at;
+  plan.visible_rows = index_ = at + tokens;
+  offset_ += tokens;
+  return plan;
+}
+
+WritePlan RotatingKvCache::plan_write_one(const KvShape& shape) {
+  int held = keys_ ? keys_->shape(2) : 0;
+  std::optional<WritePlan> plan;
+  if (!keys_ || (offset_ >= held && held < max_size_)) {
+    plan = fresh_plan(shape, held + std::min(block_tokens, max_size_ - held), keys_, values_);
+    if (held > 0) plan->copies = {{0, 0, held}};
+    index_ = offset_;
+  } else if (const int excess = held - max_size_; excess > 0) {
+    plan = fresh_plan(shape, max_size_, keys_, values_);
+    if (keep_ > 0) plan->copies.push_back({0, 0, keep_});
+    plan->copies.push_back({excess + keep_, keep_, max_size_ - keep_});
+    index_ = max_size_;
+  } else {
+    plan = WritePlan{*keys_, *values_};
+  }
+  held = plan->keys.shape(2);
+  if (index_ == max_size_) index_ = keep_;
+  plan->write_at = index_++;
+  ++offset_;
+  plan->visible_rows = offset_ < max_size_ ? offset_ : held;
+  return *plan;
+}
+
 std::pair<mx::array, mx::array> RotatingKvCache::update(const mx::array& k, const mx::array& v) {
+  settle();
   const int length = k.shape(2);
   if (length > 1) {
     if (!keys_) {
@@ -152,10 +260,11 @@ int RotatingKvCache::trim(int n) {
   return n;
 }
 
-std::vector<mx::array> RotatingKvCache::state() const { return both(keys_, values_); }
+std::vector<mx::array> RotatingKvCache::state() const { return both(keys_, values_, written_); }
 int64_t RotatingKvCache::bytes() const { return bytes_of(keys_) + bytes_of(values_); }
 
 std::unique_ptr<Cache> RotatingKvCache::copy() const {
+  settle();
   auto other = std::make_unique<RotatingKvCache>(max_size_, keep_);
   other->keys_ = deep(keys_);
   other->values_ = deep(values_);

@@ -34,18 +34,46 @@ class Cache {
 using CachePtr = std::unique_ptr<Cache>;
 using Caches = std::vector<CachePtr>;  // one a layer; null where a layer remembers nothing
 
+/** What a kernel that works on the memory itself must do to add L tokens: copy rows, write the new ones, then read rows [0, visible_rows). */
+struct WritePlan {
+  struct Copy {
+    int from, to, rows;
+  };
+  mx::array keys, values;                                // in memory, [1,K,C,E] and [1,K,C,F], row contiguous
+  std::optional<mx::array> old_keys{}, old_values{};     // where the copies come from
+  std::vector<Copy> copies{};
+  int write_at = 0, visible_rows = 0;
+};
+
+/** Sizes of what is kept for a token. */
+struct KvShape {
+  int kv_heads, key_dims, value_dims;
+  mx::Dtype dtype;
+};
+
 /** Keys and values of attention. */
 class AttentionCache : public Cache {
  public:
+  /** For the fused executor: advances offset by `tokens`; the caller's kernel then carries the plan out and says by `written` when (an array
+   *  that is evaluated after the writes). Nothing when this cache cannot be written so; then nothing has changed. */
+  virtual std::optional<WritePlan> plan_write(int tokens, const KvShape& shape) = 0;
+  void set_written(mx::array written) { written_ = std::move(written); }
+
   /** k [B,K,L,E], v [B,K,L,F] -> all that queries of this call may see, [B,K,S,E] and [B,K,S,F], oldest first wherever order matters:
    *  for L > 1 the last L are the new ones; for L = 1 all S are visible. Advances offset by L. */
   virtual std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) = 0;
+
+ protected:
+  /** Waits for writes that no array of the graph stands for. */
+  void settle() const;
+  mutable std::optional<mx::array> written_;
 };
 
 /** Keeps everything; grows in blocks of 256 tokens. */
 class KvCache final : public AttentionCache {
  public:
   std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) override;
+  std::optional<WritePlan> plan_write(int tokens, const KvShape& shape) override;
   int offset() const override { return offset_; }
   bool trimmable() const override { return true; }
   int trim(int n) override;
@@ -63,6 +91,7 @@ class RotatingKvCache final : public AttentionCache {
  public:
   RotatingKvCache(int max_size_tokens, int keep_tokens);
   std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) override;
+  std::optional<WritePlan> plan_write(int tokens, const KvShape& shape) override;
   int offset() const override { return offset_; }
   bool trimmable() const override { return offset_ < max_size_; }
   int trim(int n) override;
@@ -72,6 +101,8 @@ class RotatingKvCache final : public AttentionCache {
   int max_size() const { return max_size_; }
 
  private:
+  WritePlan plan_write_many(int tokens, const KvShape& shape);
+  WritePlan plan_write_one(const KvShape& shape);
   mx::array temporal_order(const mx::array& v) const;
   mx::array trimmed(int count, const mx::array& v, const mx::array* append) const;
   std::optional<mx::array> keys_, values_;
