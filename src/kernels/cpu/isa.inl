@@ -271,8 +271,19 @@ void make_digits_kernel(const float* x, int k, int group, int bits, int8_t* digi
   for (int g = 0; g < k / group; ++g) {
     const float* xg = x + g * group;
     float peak = 0.f;
-    for (int i = 0; i < group; ++i) peak = fabsf(xg[i]) > peak ? fabsf(xg[i]) : peak;
-    const float step = peak / most, inverse = peak > 0.f && step > 0.f ? most / peak : 0.f;
+    bool finite = true;
+    for (int i = 0; i < group; ++i) {
+      peak = fabsf(xg[i]) > peak ? fabsf(xg[i]) : peak;
+      finite = finite & (fabsf(xg[i]) <= 3.4e38f);
+    }
+    if (!finite) {  // it must reach the result
+      memset(digits + g * group, 0, group);
+      memset(digits + k + g * group, 0, group);
+      steps[g] = sums[g] = NAN;
+      continue;
+    }
+    // Below 1e-34 most / peak would overflow: the group counts as zero.
+    const float step = peak / most, inverse = peak > 1e-34f ? most / peak : 0.f;
     int32_t total = 0;
     for (int i = 0; i < group; ++i) {
       const float scaled = xg[i] * inverse;
@@ -284,12 +295,8 @@ void make_digits_kernel(const float* x, int k, int group, int bits, int8_t* digi
       digits[g * group + at] = int8_t(high);
       digits[k + g * group + at] = int8_t(q - high * 128);
     }
-    // A NaN or infinite activation must reach the result.
     steps[g] = step;
     sums[g] = step * float(total);
-    for (int i = 0; i < group; ++i) {
-      if (!(fabsf(xg[i]) <= 3.4e38f)) steps[g] = sums[g] = NAN;
-    }
   }
 }
 
