@@ -192,6 +192,10 @@ PackedMatrixPtr pack_affine(const std::vector<mx::array>& weights, const std::ve
   for (std::size_t i = 0; i < weights.size(); ++i) {
     const auto& w = weights[i];
     require(w.dtype() == mx::uint32 && (w.ndim() == 2 || w.ndim() == 3), "wanted uint32 codes");
+    auto rows = w.shape(), scale_rows = scales[i].shape();
+    rows.back() = 0;
+    if (!scale_rows.empty()) scale_rows.back() = 0;
+    require(rows == scale_rows && scales[i].shape() == biases[i].shape(), "scales or biases do not fit");
     Source s{ready(w), ready(mx::astype(scales[i], scale_dtype)), ready(mx::astype(biases[i], scale_dtype)), w.shape(-2),
              w.ndim() == 3 ? w.shape(0) : 1};
     const int k = static_cast<int>(int64_t(w.shape(-1)) * 32 / bits);
