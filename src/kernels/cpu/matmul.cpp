@@ -180,24 +180,33 @@ void expand_row(const PackedMatrix& w, int64_t n, float* out) {
 
 mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::optional<mx::array>& bias) {
   if (x.ndim() == 0 || x.shape(-1) != w->k) throw Error(Code::internal, "matmul", "x does not have the width of the weights");
+  storage_of(x.dtype());  // throws here, not on the stream's thread
   auto shape = x.shape();
   shape.back() = w->rows;
   std::vector<mx::array> inputs{x};
-  if (bias) inputs.push_back(*bias);
+  if (bias) {
+    if (bias->shape() != mx::Shape{w->rows}) throw Error(Code::internal, "matmul", "the bias does not have one value a row of the weights");
+    storage_of(bias->dtype());
+    inputs.push_back(*bias);
+  }
   return make_kernel("Matmul", std::move(shape), x.dtype(), std::move(inputs), [w](const auto& in, auto& out) { run_matmul(in, out[0], *w); });
 }
 
 mx::array gather_matmul(const mx::array& x, const PackedMatrixPtr& w, const mx::array& indices, bool per_expert_input,
                         const std::optional<mx::array>& bias) {
-  if (x.shape(-1) != w->k) throw Error(Code::internal, "gather_matmul", "x does not have the width of the weights");
+  if (x.ndim() == 0 || x.shape(-1) != w->k) throw Error(Code::internal, "gather_matmul", "x does not have the width of the weights");
   if (bias) throw Error(Code::unsupported, "gather_matmul", "a bias of stacked experts");
+  storage_of(x.dtype());
   auto shape = indices.shape();
+  const auto rows = x.size() / w->k, wanted = per_expert_input || shape.empty() ? indices.size() : indices.size() / std::max(1, shape.back());
+  if (rows != wanted) throw Error(Code::internal, "gather_matmul", "x and indices are of different tokens");
   shape.push_back(w->rows);
   return make_kernel("GatherMatmul", std::move(shape), x.dtype(), {x, mx::astype(indices, mx::int32)},
                      [w, per_expert_input](const auto& in, auto& out) { run_gather(in, out[0], *w, per_expert_input); });
 }
 
 mx::array take_rows(const PackedMatrixPtr& w, const mx::array& indices, mx::Dtype dtype) {
+  storage_of(dtype);
   auto shape = indices.shape();
   shape.push_back(w->k);
   return make_kernel("TakeRows", std::move(shape), dtype, {mx::contiguous(mx::astype(indices, mx::int32))}, [w](const auto& in, auto& out) {
