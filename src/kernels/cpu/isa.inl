@@ -121,7 +121,6 @@ inline float sum(F v) {
 
 inline F vexp(F x) {
   x = select(x < -87.3f, set(-87.3f), x);
-  x = select(x > 88.f, set(88.f), x);
   const F z = x * 1.44269504f;
   const I n = __builtin_convertvector(z + select(z < 0.f, set(-0.5f), set(0.5f)), I);
   const F fn = __builtin_convertvector(n, F);
@@ -134,7 +133,7 @@ inline F vexp(F x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 0.5f;
   p = p * (r * r) + (r + 1.f);
-  return p * (F)((n + 127) << 23);
+  return select(x > 88.f, set(INFINITY), p * (F)((n + 127) << 23));
 }
 
 inline float exp_one(float x) {
