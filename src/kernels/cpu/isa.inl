@@ -109,6 +109,14 @@ inline float load_one(const void* p, Storage s, int64_t i) {
   return f;
 }
 
+/** `count` < 16 values from element `i`, then zeros. Ends of rows take the same vector operations as the rest: whether a scalar loop
+ *  becomes fused multiply-adds depends on the code around it, and so would a row's last bit. */
+inline F load_some(const void* p, Storage s, int64_t i, int count) {
+  float t[16] = {};
+  for (int l = 0; l < count; ++l) t[l] = load_one(p, s, i + l);
+  return load(t);
+}
+
 /** The sum in one fixed order. */
 inline float sum(F v) {
   float t[16];
@@ -324,12 +332,14 @@ void dense_tile(const void* w, Storage s, int64_t row_stride, const float* x, in
       for (int i = 0; i < R; ++i) t[n][i] += wv * xv[i];
     }
   }
-  for (int n = 0; n < N; ++n) {
-    for (int i = 0; i < R; ++i) {
-      float total = sum(t[n][i]);
-      for (int z = j; z < k; ++z) total += load_one(w, s, n * row_stride + z) * x[int64_t(i) * k + z];
-      c[int64_t(i) * ldc + n] = total;
+  if (j < k) {
+    for (int n = 0; n < N; ++n) {
+      const F wv = load_some(w, s, n * row_stride + j, k - j);
+      for (int i = 0; i < R; ++i) t[n][i] += wv * load_some(x, Storage::f32, int64_t(i) * k + j, k - j);
     }
+  }
+  for (int n = 0; n < N; ++n) {
+    for (int i = 0; i < R; ++i) c[int64_t(i) * ldc + n] = sum(t[n][i]);
   }
 }
 
@@ -372,10 +382,15 @@ void scores_of(const AttentionTile& t, int from, int to) {
         for (int r = 0; r < R; ++r) acc[r][n] += qv[r] * kv;
       }
     }
+    if (j < t.e) {
+      for (int n = 0; n < keys; ++n) {
+        const F kv = load_some(t.k, t.storage, (s + n) * t.k_stride + j, t.e - j);
+        for (int r = 0; r < R; ++r) acc[r][n] += load_some(t.q[r], Storage::f32, j, t.e - j) * kv;
+      }
+    }
     for (int r = 0; r < R; ++r) {
       for (int n = 0; n < keys; ++n) {
-        float total = sum(acc[r][n]);
-        for (int z = j; z < t.e; ++z) total += t.q[r][z] * load_one(t.k, t.storage, (s + n) * t.k_stride + z);
+        const float total = sum(acc[r][n]);
         t.scores[r * t.score_stride + s + n] = t.softcap > 0.f ? tanhf(total / t.softcap) * t.softcap : total;
       }
     }
@@ -433,11 +448,17 @@ void weighted_values(const AttentionTile& t, int from, int to, const float* inve
     }
     for (int r = 0; r < R; ++r) store(t.out[r] + j, acc[r] * inverse[r]);
   }
-  for (; j < t.f; ++j) {
+  if (j < t.f) {
+    F acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = F{};
+    for (int s = from; s < to; ++s) {
+      const F v = load_some(t.v, t.storage, s * t.v_stride + j, t.f - j);
+      for (int r = 0; r < R; ++r) acc[r] += v * t.scores[r * t.score_stride + s];
+    }
     for (int r = 0; r < R; ++r) {
-      float total = 0.f;
-      for (int s = from; s < to; ++s) total += load_one(t.v, t.storage, s * t.v_stride + j) * t.scores[r * t.score_stride + s];
-      t.out[r][j] = total * inverse[r];
+      float o[16];
+      store(o, acc[r] * inverse[r]);
+      memcpy(t.out[r] + j, o, (t.f - j) * sizeof(float));
     }
   }
 }
