@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
@@ -20,7 +21,7 @@
 namespace mlxlm {
 namespace {
 
-constexpr int spin_rounds = 20000;  // about 0.3 ms: longer than the gaps between the kernels of one token
+using Clock = std::chrono::steady_clock;
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -30,9 +31,42 @@ void pause_cpu() {
 #endif
 }
 
+/** Waits until done(), at first without giving the core away, then yielding it to whoever wants it; false when `limit` has passed. */
+template <class Done>
+bool spin_until(Done&& done, std::chrono::microseconds limit) {
+  constexpr int short_rounds = 400, rounds_between_yields = 40;  // about 10 us and 1 us
+  for (int i = 0; i < short_rounds; ++i) {
+    if (done()) return true;
+    pause_cpu();
+  }
+  const auto end = Clock::now() + limit;
+  while (Clock::now() < end) {
+    std::this_thread::yield();
+    for (int i = 0; i < rounds_between_yields; ++i) {
+      if (done()) return true;
+      pause_cpu();
+    }
+  }
+  return done();
+}
+
+/** A claim names its region, so a thread that comes late can't take it for another: generation, number of chunks, next chunk. */
+struct Ticket {
+  static constexpr int index_bits = 24, chunk_bits = 20;
+  uint64_t bits;
+  uint64_t generation() const { return bits >> (index_bits + chunk_bits); }
+  int chunks() const { return static_cast<int>(bits >> index_bits & ((1u << chunk_bits) - 1)); }
+  int index() const { return static_cast<int>(bits & ((1u << index_bits) - 1)); }
+  bool open() const { return index() < chunks(); }
+  static Ticket first(uint64_t generation, int chunks) {
+    return {generation << (index_bits + chunk_bits) | static_cast<uint64_t>(chunks) << index_bits};
+  }
+};
+constexpr int most_chunks = 1 << 16;
+
 }  // namespace
 
-/** A region is published by raising `generation`; each worker takes part in every region exactly once, so the caller's frame outlives them all. */
+/** A region ends when its chunks are done, whichever threads did them: a worker that sleeps or has lost its core is not waited for. */
 struct ThreadPool::State {
   explicit State(int count) : threads(count) {
     for (int i = 1; i < threads; ++i) workers.emplace_back([this, i] { work(i); });
@@ -41,34 +75,34 @@ struct ThreadPool::State {
     {
       const std::lock_guard lock(mutex);
       stop = true;
-      generation.fetch_add(1);
     }
     wake.notify_all();
     for (auto& worker : workers) worker.join();
   }
 
+  /** Until the region has no more chunks. */
   void take_chunks(int thread) {
     for (;;) {
-      const int chunk = next.fetch_add(1, std::memory_order_relaxed);
-      if (chunk >= chunks) return;
-      call(context, chunk, thread);
+      const Ticket now{ticket.fetch_add(1, std::memory_order_acq_rel)};
+      if (!now.open()) return;
+      call(context, now.index(), thread);  // valid while a claimed chunk is not done
+      done.fetch_add(1, std::memory_order_release);
     }
   }
 
+  bool open() const { return Ticket{ticket.load()}.open(); }
+
   void work(int thread) {
-    uint64_t seen = 0;
+    constexpr std::chrono::microseconds spin_time{300};  // longer than the gaps between the kernels of one token
     for (;;) {
-      for (int spin = 0; spin < spin_rounds && generation.load(std::memory_order_acquire) == seen; ++spin) pause_cpu();
-      if (generation.load(std::memory_order_acquire) == seen) {
+      if (!spin_until([this] { return open() || stop.load(std::memory_order_relaxed); }, spin_time)) {
         std::unique_lock lock(mutex);
         sleeping.fetch_add(1);
-        wake.wait(lock, [&] { return generation.load() != seen; });
+        wake.wait(lock, [this] { return open() || stop; });
         sleeping.fetch_sub(1);
       }
-      seen = generation.load(std::memory_order_acquire);
       if (stop) return;
       take_chunks(thread);
-      finished.fetch_add(1, std::memory_order_release);
     }
   }
 
@@ -77,12 +111,11 @@ struct ThreadPool::State {
   std::mutex region;  // one parallel region at a time
   std::mutex mutex;
   std::condition_variable wake;
-  alignas(64) std::atomic<uint64_t> generation{0};
-  alignas(64) std::atomic<int> next{0};
-  alignas(64) std::atomic<int> finished{0};
-  std::atomic<int> sleeping{0};
+  alignas(64) std::atomic<uint64_t> ticket{0};
+  alignas(64) std::atomic<int> done{0};
+  alignas(64) std::atomic<int> sleeping{0};
   std::atomic<bool> stop{false};
-  int chunks = 0;
+  uint64_t generation = 0;
   void (*call)(void*, int, int) = nullptr;
   void* context = nullptr;
 };
@@ -94,24 +127,20 @@ int ThreadPool::threads() const { return state_->threads; }
 void ThreadPool::run(int chunks, void (*call)(void*, int, int), void* context) {
   State& s = *state_;
   const std::lock_guard one(s.region);
-  if (s.threads == 1 || chunks <= 1) {
+  if (s.threads == 1 || chunks <= 1 || chunks > most_chunks) {
     for (int chunk = 0; chunk < chunks; ++chunk) call(context, chunk, 0);
     return;
   }
-  s.chunks = chunks;
   s.call = call;
   s.context = context;
-  s.next.store(0, std::memory_order_relaxed);
-  s.finished.store(0, std::memory_order_relaxed);
-  s.generation.fetch_add(1);
+  s.done.store(0, std::memory_order_relaxed);
+  s.ticket.store(Ticket::first(++s.generation, chunks).bits);
   if (s.sleeping.load() > 0) {
     const std::lock_guard lock(s.mutex);  // a worker between its check and its wait holds it
     s.wake.notify_all();
   }
   s.take_chunks(0);
-  for (int spin = 0; s.finished.load(std::memory_order_acquire) != s.threads - 1; ++spin) {
-    if (spin < spin_rounds) pause_cpu();
-    else std::this_thread::yield();
+  while (!spin_until([&] { return s.done.load(std::memory_order_acquire) == chunks; }, std::chrono::milliseconds(1))) {
   }
 }
 

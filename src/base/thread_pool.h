@@ -7,7 +7,7 @@
 namespace mlxlm {
 
 /** Runs a function over chunk indices on all threads of the pool, the caller included.
- *  Chunks are claimed one at a time, so a busy core does not stall the rest. Thread-safe: one parallel region at a time. */
+ *  Chunks are claimed one at a time, so a busy core or a sleeping thread does not stall the rest. Thread-safe: one parallel region at a time. */
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);

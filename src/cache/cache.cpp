@@ -7,6 +7,7 @@
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
+#include "base/error.h"
 #include "kernels/cpu/kernels.h"
 #include "plan/plan.h"
 
@@ -56,9 +57,11 @@ WritePlan fresh_plan(const KvShape& s, int rows, const std::optional<mx::array>&
   return {new_buffer(s.kv_heads, rows, s.key_dims, s.dtype), new_buffer(s.kv_heads, rows, s.value_dims, s.dtype), old_keys, old_values};
 }
 
-/** Whether the buffer lies in memory as kernels read it. */
-bool plain(const std::optional<mx::array>& a, const KvShape& s) {
-  return !a || (a->is_available() && a->dtype() == s.dtype && a->flags().row_contiguous && a->data_size() == a->size());
+/** Makes the buffer lie in memory as kernels read it. */
+void settle_in_memory(std::optional<mx::array>& a, mx::Dtype dtype) {
+  if (!a || (a->is_available() && a->dtype() == dtype && a->flags().row_contiguous && a->data_size() == a->size())) return;
+  a = mx::contiguous(mx::astype(*a, dtype));
+  mx::eval(*a);
 }
 
 int64_t bytes_of(const std::optional<mx::array>& a) { return a ? static_cast<int64_t>(a->nbytes()) : 0; }
@@ -72,6 +75,8 @@ std::vector<mx::array> both(const std::optional<mx::array>& a, const std::option
 }
 
 }  // namespace
+
+WritePlan AttentionCache::plan_write(int, const KvShape&) { throw Error(Code::internal, "cache", "this kind is not written by kernels"); }
 
 void AttentionCache::settle() const {
   if (written_) mx::eval(*written_);
@@ -87,9 +92,9 @@ std::pair<mx::array, mx::array> KvCache::update(const mx::array& k, const mx::ar
   return {rows(*keys_, 0, end), rows(*values_, 0, end)};
 }
 
-std::optional<WritePlan> KvCache::plan_write(int tokens, const KvShape& shape) {
-  if (!written_) mx::eval(state());
-  if (!plain(keys_, shape) || !plain(values_, shape)) return std::nullopt;
+WritePlan KvCache::plan_write(int tokens, const KvShape& shape) {
+  settle_in_memory(keys_, shape.dtype);
+  settle_in_memory(values_, shape.dtype);
   const int end = offset_ + tokens, held = keys_ ? keys_->shape(2) : 0;
   std::optional<WritePlan> plan;
   if (end <= held) {
@@ -103,7 +108,7 @@ std::optional<WritePlan> KvCache::plan_write(int tokens, const KvShape& shape) {
   }
   plan->write_at = offset_;
   plan->visible_rows = offset_ = end;
-  return plan;
+  return *plan;
 }
 
 int KvCache::trim(int n) {
@@ -147,9 +152,9 @@ mx::array RotatingKvCache::trimmed(int count, const mx::array& v, const mx::arra
 }
 
 /** As the two branches of update(), in rows instead of arrays. */
-std::optional<WritePlan> RotatingKvCache::plan_write(int tokens, const KvShape& shape) {
-  if (!written_) mx::eval(state());
-  if (!plain(keys_, shape) || !plain(values_, shape)) return std::nullopt;
+WritePlan RotatingKvCache::plan_write(int tokens, const KvShape& shape) {
+  settle_in_memory(keys_, shape.dtype);
+  settle_in_memory(values_, shape.dtype);
   auto plan = tokens > 1 ? plan_write_many(tokens, shape) : plan_write_one(shape);
   keys_ = plan.keys;
   values_ = plan.values;

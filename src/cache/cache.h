@@ -54,9 +54,11 @@ struct KvShape {
 /** Keys and values of attention. */
 class AttentionCache : public Cache {
  public:
-  /** For the fused executor: advances offset by `tokens`; the caller's kernel then carries the plan out and says by `written` when (an array
-   *  that is evaluated after the writes). Nothing when this cache cannot be written so; then nothing has changed. */
-  virtual std::optional<WritePlan> plan_write(int tokens, const KvShape& shape) = 0;
+  /** Whether plan_write() works; else only update() does. */
+  virtual bool plans_writes() const { return false; }
+  /** For the fused executor: advances offset by `tokens`; the caller's kernel then carries the plan out and tells by set_written() when (an
+   *  array that is evaluated after the writes). */
+  virtual WritePlan plan_write(int tokens, const KvShape& shape);
   void set_written(mx::array written) { written_ = std::move(written); }
 
   /** k [B,K,L,E], v [B,K,L,F] -> all that queries of this call may see, [B,K,S,E] and [B,K,S,F], oldest first wherever order matters:
@@ -73,7 +75,8 @@ class AttentionCache : public Cache {
 class KvCache final : public AttentionCache {
  public:
   std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) override;
-  std::optional<WritePlan> plan_write(int tokens, const KvShape& shape) override;
+  bool plans_writes() const override { return true; }
+  WritePlan plan_write(int tokens, const KvShape& shape) override;
   int offset() const override { return offset_; }
   bool trimmable() const override { return true; }
   int trim(int n) override;
@@ -91,7 +94,8 @@ class RotatingKvCache final : public AttentionCache {
  public:
   RotatingKvCache(int max_size_tokens, int keep_tokens);
   std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) override;
-  std::optional<WritePlan> plan_write(int tokens, const KvShape& shape) override;
+  bool plans_writes() const override { return true; }
+  WritePlan plan_write(int tokens, const KvShape& shape) override;
   int offset() const override { return offset_; }
   bool trimmable() const override { return offset_ < max_size_; }
   int trim(int n) override;

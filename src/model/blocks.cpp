@@ -70,15 +70,17 @@ nn::Linear::Weights Store::linear(const std::string& path) {
 std::shared_ptr<nn::Linear> Store::map(const std::vector<std::string>& paths) {
   std::vector<nn::Linear::Weights> parts;
   for (const auto& path : paths) parts.push_back(linear(path));
-  auto made = std::make_shared<nn::Linear>(std::move(parts));
-  bytes += made->bytes();
-  return made;
+  auto map = std::make_shared<nn::Linear>(std::move(parts));
+  bytes += map->bytes();
+  made.maps[paths.at(0)] = map;
+  return map;
 }
 
 NormBlock::NormBlock(arch::Norm spec, Store& store, const std::string& path) : spec_(std::move(spec)) {
   if (!spec_.weightless) {
     weight_ = mx::contiguous(store.take(path + ".weight"));
     mx::eval(*weight_);
+    store.made.norms.insert_or_assign(path, *weight_);
   }
   if (spec_.bias) bias_ = store.take(path + ".bias");
 }

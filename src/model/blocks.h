@@ -27,6 +27,12 @@ class Store {
   mx::array take(const std::string& name);
   nn::Linear::Weights linear(const std::string& path);
   std::shared_ptr<nn::Linear> map(const std::vector<std::string>& paths);
+  /** Maps and norm weights that were handed out, by the path of their first part: the fused executor shares them. */
+  struct Made {
+    std::map<std::string, std::shared_ptr<nn::Linear>> maps{};
+    std::map<std::string, mx::array> norms{};
+  };
+  Made made{};
   /** The dtype of the model's activations. */
   mx::Dtype dtype = mx::float32;
   int64_t bytes = 0;

@@ -39,6 +39,8 @@ class CausalModel {
   /** One sequence: tokens [1,L] int32 -> logits [1,L,V], or [1,1,V] for Rows::last. */
   mx::array forward(const mx::array& tokens, cache::Caches& caches, Rows rows = Rows::all);
   virtual const arch::Model& description() const = 0;
+  /** "graph" or "fused". */
+  virtual const char* executor() const = 0;
   /** Bytes of all parameters as they lie in memory. */
   virtual int64_t weight_bytes() const = 0;
 };
@@ -46,9 +48,12 @@ class CausalModel {
 /** Throws Error(internal) when a caller's segments contradict each other, the tokens or the model. */
 void check_segments(const mx::array& tokens, const std::vector<Segment>& segments, const arch::Model& description);
 
-/** Builds the graph executor. Consumes the tensors. Throws Error(bad_weights). */
-std::unique_ptr<CausalModel> make_graph_model(arch::Model description, weights::Tensors tensors,
-                                              const std::map<std::string, plan::Quant>& quant);
+/** How a description runs: `best` is the fused executor where it has kernels for every op (docs/architecture.md), else the graph. */
+enum class Executor { best, graph };
+
+/** A callable model. Consumes the tensors. Throws Error(bad_weights). */
+std::unique_ptr<CausalModel> make_model(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant,
+                                        Executor executor = Executor::best);
 
 struct Loaded {
   std::unique_ptr<CausalModel> model;
@@ -61,6 +66,6 @@ struct Loaded {
 json load_config(const std::filesystem::path& folder);
 
 /** A folder with config.json and model*.safetensors, or a .gguf file. Throws every Error of the rooms below. */
-Loaded load(const std::filesystem::path& path);
+Loaded load(const std::filesystem::path& path, Executor executor = Executor::best);
 
 }  // namespace mlxlm::model

@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "model/blocks.h"
 #include "model/causal_model.h"
+#include "model/fused_model.h"
 
 namespace mlxlm::model {
 namespace {
@@ -44,6 +45,7 @@ class GraphModel final : public CausalModel {
     if (!own_head && !m.tied_head && !m.tied_unless_stored) throw Error(Code::bad_weights, m.head + ".weight", "missing");
     head_ = own_head ? store.map({m.head}) : embed_;
     bytes_ = store.bytes;
+    made_ = std::move(store.made);
   }
 
   mx::array run(const mx::array& tokens, const std::vector<Segment>& segments) override {
@@ -71,6 +73,8 @@ class GraphModel final : public CausalModel {
   }
 
   const arch::Model& description() const override { return description_; }
+  const char* executor() const override { return "graph"; }
+  FusedParts take_parts() { return {std::move(made_), dtype_, embed_, head_}; }
   int64_t weight_bytes() const override { return bytes_; }
 
  private:
@@ -124,6 +128,7 @@ class GraphModel final : public CausalModel {
   std::shared_ptr<nn::Linear> embed_, head_;
   std::vector<std::vector<StepBlocks>> layers_;
   std::optional<NormBlock> final_norm_;
+  Store::Made made_;
   int64_t bytes_ = 0;
 };
 
@@ -147,9 +152,12 @@ mx::array CausalModel::forward(const mx::array& tokens, cache::Caches& caches, R
   return mx::expand_dims(run(mx::reshape(tokens, {length}), {{length, rows == Rows::all ? length : 1, &caches}}), 0);
 }
 
-std::unique_ptr<CausalModel> make_graph_model(arch::Model description, weights::Tensors tensors,
-                                              const std::map<std::string, plan::Quant>& quant) {
-  return std::make_unique<GraphModel>(std::move(description), std::move(tensors), quant);
+std::unique_ptr<CausalModel> make_model(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant,
+                                        Executor executor) {
+  auto graph = std::make_unique<GraphModel>(std::move(description), std::move(tensors), quant);
+  if (executor == Executor::graph || !kernels::cpu::active()) return graph;
+  auto parts = graph->take_parts();
+  return fuse(std::move(graph), std::move(parts));
 }
 
 }  // namespace mlxlm::model

@@ -112,6 +112,25 @@ mx::array Linear::embed(const mx::array& tokens, mx::Dtype dtype) const {
                         w.quant->mode, std::nullopt, dtype);
 }
 
+cpu::EagerMap Linear::eager() const {
+  cpu::EagerMap map;
+  map.in_dims = in_dims_;
+  map.out_dims = out_dims_;
+  for (const auto& part : split_) {
+    auto one = part->eager();
+    map.parts.insert(map.parts.end(), one.parts.begin(), one.parts.end());
+  }
+  if (!packed_) return map;
+  std::vector<float> bias;
+  if (bias_) {
+    auto values = mx::contiguous(mx::astype(*bias_, mx::float32));
+    mx::eval(values);
+    bias.assign(values.data<float>(), values.data<float>() + values.size());
+  }
+  map.parts.push_back({packed_, std::move(bias)});
+  return map;
+}
+
 int64_t Linear::bytes() const {
   int64_t total = packed_ ? cpu::packed_bytes(*packed_) : 0;
   for (const auto& part : split_) total += part->bytes();

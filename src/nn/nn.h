@@ -8,6 +8,7 @@
 #include <mlx/array.h>
 
 #include "arch/model.h"
+#include "kernels/cpu/eager.h"
 #include "kernels/cpu/kernels.h"
 #include "plan/plan.h"
 
@@ -36,6 +37,9 @@ class Linear {
   mx::array embed(const mx::array& tokens, mx::Dtype dtype) const;
   int64_t bytes() const;
   int out_dims() const { return out_dims_; }
+  int in_dims() const { return in_dims_; }
+  /** The packed matrices one below the other, for executors that run without arrays; empty unless on the CPU. */
+  kernels::cpu::EagerMap eager() const;
 
  private:
   std::vector<Weights> parts_;                 // on the GPU

@@ -132,7 +132,8 @@ def main():
         tokens, leads = greedy(model, prompt, end)
         answers.append(dict(message=message, prompt=prompt, tokens=tokens, leads=leads, text=tokenizer.decode(tokens)))
         print(answers[-1], flush=True)
-    OUT.write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
+    lines = ",\n".join(" " + json.dumps(a, ensure_ascii=False) for a in answers)
+    OUT.write_text(f"[\n{lines}\n]\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 // Builds the models of golden files.
 #include "parity_case.h"
 
+#include <cstdlib>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -133,7 +135,9 @@ Checkpoint make_checkpoint(const json& config, const json& info) {
 }
 
 std::unique_ptr<model::CausalModel> make_model(Checkpoint checkpoint) {
-  return model::make_graph_model(std::move(checkpoint.description), std::move(checkpoint.tensors), checkpoint.quant);
+  const char* wanted = std::getenv("MLXLM_TEST_EXECUTOR");
+  const auto executor = wanted != nullptr && std::string(wanted) == "graph" ? model::Executor::graph : model::Executor::best;
+  return model::make_model(std::move(checkpoint.description), std::move(checkpoint.tensors), checkpoint.quant, executor);
 }
 
 uint32_t checksum(const weights::Tensors& tensors) {

@@ -75,6 +75,7 @@ class ScriptedModel final : public model::CausalModel {
   }
   const arch::Model& description() const override { return description_; }
   int64_t weight_bytes() const override { return 0; }
+  const char* executor() const override { return "graph"; }
   arch::Model description_;
   std::vector<int> calls;
 

@@ -501,6 +501,22 @@ TEST(PackDense, AnyWidthAndMixedDtypes) {
   }
 }
 
+TEST(PackDense, RowsOfAnyWidthDoNotDependOnTheBatch) {
+  for (const int k : {1, 7, 15, 17, 33, 100}) {
+    for (const auto dtype : float_dtypes()) {
+      const auto packed = cpu::pack_dense({random(4, {38, k}, dtype)});
+      const auto x = random(5, {66, k}, dtype);
+      const auto whole = made(cpu::matmul(x, packed));
+      for (const int size : {1, 2, 3, 7}) {
+        for (int at = 0; at + size <= 66; at += 9) {
+          ASSERT_EQ(bits_of(cpu::matmul(part(x, at, at + size), packed)), bits_of(part(whole, at, at + size)))
+              << k << " " << size << " at " << at;
+        }
+      }
+    }
+  }
+}
+
 TEST(PackDense, StridedWeights) {
   const auto tall = random(4, {32, 18}), x = random(5, {3, 32});
   EXPECT_EQ(bits_of(cpu::matmul(x, cpu::pack_dense({mx::transpose(tall)}))),
@@ -610,25 +626,26 @@ constexpr const char* threads_variable = "MLXLM_TEST_THREADS";
 /** A checksum of results of every kind, for any number of threads. */
 uint32_t digest() {
   uint32_t crc = 0;
+  const auto add = [&](const mx::array& a) {
+    const auto bytes = bits_of(a).bytes;
+    crc = crc32(bytes.data(), bytes.size(), crc);
+  };
   for (const auto& kind : all_kinds()) {
     const int k = 4 * kind.group;
     const auto packed = pack(kind, make(kind, {100, k}, 70));
     const auto experts = pack(kind, make(kind, {3, 40, k}, 71));
     for (const auto dtype : float_dtypes()) {
-      for (const int m : {1, 7, 130}) {
-        const auto bytes = bits_of(cpu::matmul(random(72, {m, k}, dtype), packed));
-        crc = crc32(bytes.data(), bytes.size(), crc);
-      }
+      for (const int m : {1, 7, 130}) add(cpu::matmul(random(72, {m, k}, dtype), packed));
       const auto choices = expert_choices(9, 2, 3);
-      const auto bytes =
-          bits_of(cpu::gather_matmul(random(73, {9, k}, dtype), experts, mx::array(choices.data(), {9, 2}, mx::int32), false));
-      crc = crc32(bytes.data(), bytes.size(), crc);
+      add(cpu::gather_matmul(random(73, {9, k}, dtype), experts, mx::array(choices.data(), {9, 2}, mx::int32), false));
     }
   }
   const auto q = random(74, {2, 6, 9, 64}), kv = random(75, {2, 2, 120, 64});
-  const auto bytes = bits_of(cpu::attention(q, kv, kv, {.scale = 0.125f, .window = 50})) +
-                     bits_of(cpu::rms_norm(random(76, {500, 100}), std::nullopt, 1e-5f, false));
-  return crc32(bytes.data(), bytes.size(), crc);
+  add(cpu::attention(q, kv, kv, {.scale = 0.125f, .window = 50}));
+  add(cpu::rms_norm(random(76, {500, 100}), std::nullopt, 1e-5f, false));
+  add(cpu::rope_heads(random(77, {1, 90, 8, 64}), std::make_shared<const std::vector<float>>(32, 0.1f), 3, false, 1.f));
+  add(cpu::glu(random(78, {300, 128}), cpu::GluAct::silu));
+  return crc;
 }
 
 /** The child's side of the test below; alone it does nothing. */

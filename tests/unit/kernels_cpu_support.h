@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -59,10 +60,18 @@ inline std::vector<double> values_of(const mx::array& a) {
   return {f.data<float>(), f.data<float>() + f.size()};
 }
 
-/** The bytes of an array, row major. */
-inline std::string bits_of(const mx::array& a) {
+/** The bytes of an array, row major; printed as a checksum. */
+struct Bits {
+  std::string bytes;
+  bool operator==(const Bits&) const = default;
+  friend void PrintTo(const Bits& b, std::ostream* out) {
+    *out << b.bytes.size() << " bytes, crc32 " << crc32(b.bytes.data(), b.bytes.size());
+  }
+};
+
+inline Bits bits_of(const mx::array& a) {
   const auto c = made(a);
-  return {c.data<char>(), c.nbytes()};
+  return {{c.data<char>(), c.nbytes()}};
 }
 
 /** Rows [from, to) of the first axis. */

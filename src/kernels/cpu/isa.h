@@ -42,6 +42,19 @@ struct AttentionTile {
   int64_t score_stride = 0;
 };
 
+/** Keys of a block: a row's softmax is done block by block and merged in order, so it depends on the positions alone. */
+constexpr int attention_block = 64;
+
+/** `rows` queries over one block of at most 64 keys. Dims are multiples of 16, padded with zeros; q is scaled. */
+struct BlockAttention {
+  const float *q, *k, *v;  // [rows][key_dims], [keys rounded up to 16][key_dims], [keys][value_dims]
+  int rows, keys, key_dims, value_dims;
+  const int *first, *last;  // [rows]: a row sees keys [first, last) of the block
+  float softcap;
+  float *out, *peaks, *totals;  // [rows][value_dims] not yet divided, [rows], [rows]
+  float *scores, *spare;        // 4 * 64, value_dims
+};
+
 struct Isa {
   const char* name;
   bool uses_digits;
@@ -53,6 +66,13 @@ struct Isa {
   /** c[m][n] for rows m of x [m][k] and `count` weight rows at w (at most 4). */
   void (*dense)(const void* w, Storage storage, int64_t row_stride, int count, const float* x, int m, int k, float* c, int64_t ldc);
   void (*attention)(const AttentionTile& t);
+  void (*attention_block)(const BlockAttention& b);
+  /** Adds a block's result to a row's. */
+  void (*merge_rows)(float* peak, float* total, float* out, float new_peak, float new_total, const float* more, int dims);
+  /** x [heads][width], rotated in place; cosines and sines [pairs], `scale` multiplies the rotated dims first. */
+  void (*rope)(float* x, int heads, int width, const float* cosines, const float* sines, int pairs, bool traditional, float scale);
+  /** x += scale * y */
+  void (*add_scaled)(float* x, const float* y, float scale, int64_t count);
   void (*load)(const void* from, Storage storage, float* to, int64_t count);
   void (*store)(const float* from, Storage storage, void* to, int64_t count);
   void (*rms_norm)(const float* x, const float* weight, float eps, int dims, float* out);  // weight may be null

@@ -273,39 +273,49 @@ void panel_kernel(const Panels& p, const uint8_t* panel, const Activations& a, i
   else panel_bits<8>(p, panel, a, m0, count, c, ldc);
 }
 
+#if defined(__AVX512VNNI__)
 void make_digits_kernel(const float* x, int k, int group, int bits, int8_t* digits, float* steps, float* sums) {
   constexpr float most = 16256.f;  // 127 * 128
+  // 4-bit codes: even elements of 8 stand in low nibbles, odd ones in high nibbles.
+  const __m128i even_odd = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
   for (int g = 0; g < k / group; ++g) {
     const float* xg = x + g * group;
-    float peak = 0.f;
-    bool finite = true;
-    for (int i = 0; i < group; ++i) {
-      peak = fabsf(xg[i]) > peak ? fabsf(xg[i]) : peak;
-      finite = finite & (fabsf(xg[i]) <= 3.4e38f);
+    __m512 peaks = _mm512_setzero_ps();
+    __mmask16 strange = 0;
+    for (int i = 0; i < group; i += 16) {
+      const __m512 v = _mm512_abs_ps(_mm512_loadu_ps(xg + i));
+      peaks = _mm512_max_ps(peaks, v);
+      strange = static_cast<__mmask16>(strange | _mm512_cmp_ps_mask(v, _mm512_set1_ps(3.4e38f), _CMP_NLE_UQ));
     }
-    if (!finite) {  // it must reach the result
+    const float peak = _mm512_reduce_max_ps(peaks), step = peak / most;
+    if (strange != 0) {  // a NaN or an infinite activation must reach the result
       memset(digits + g * group, 0, group);
       memset(digits + k + g * group, 0, group);
       steps[g] = sums[g] = NAN;
       continue;
     }
     // Below 1e-34 most / peak would overflow: the group counts as zero.
-    const float step = peak / most, inverse = peak > 1e-34f ? most / peak : 0.f;
-    int32_t total = 0;
-    for (int i = 0; i < group; ++i) {
-      const float scaled = xg[i] * inverse;
-      const int32_t q = int32_t(scaled + (scaled < 0.f ? -0.5f : 0.5f));
-      const int32_t high = (q + 64) >> 7;
-      total += q;
-      // 4-bit codes: even elements of 8 stand in low nibbles, odd ones in high nibbles.
-      const int at = bits == 4 ? (i & ~7) + ((i & 1) << 2) + ((i & 7) >> 1) : i;
-      digits[g * group + at] = int8_t(high);
-      digits[k + g * group + at] = int8_t(q - high * 128);
+    const __m512 inverse = _mm512_set1_ps(peak > 1e-34f ? most / peak : 0.f);
+    __m512i total = _mm512_setzero_si512();
+    for (int i = 0; i < group; i += 16) {
+      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(xg + i), inverse));
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
+      total = _mm512_add_epi32(total, q);
+      __m128i h = _mm512_cvtepi32_epi8(high), l = _mm512_cvtepi32_epi8(_mm512_sub_epi32(q, _mm512_slli_epi32(high, 7)));
+      if (bits == 4) {
+        h = _mm_shuffle_epi8(h, even_odd);
+        l = _mm_shuffle_epi8(l, even_odd);
+      }
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + g * group + i), h);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + k + g * group + i), l);
     }
     steps[g] = step;
-    sums[g] = step * float(total);
+    sums[g] = step * float(_mm512_reduce_add_epi32(total));
   }
 }
+#else
+void make_digits_kernel(const float*, int, int, int, int8_t*, float*, float*) {}  // uses_digits is false
+#endif
 
 void group_sums_kernel(const float* x, int k, int group, float* sums) {
   for (int g = 0; g < k / group; ++g) {
@@ -485,6 +495,8 @@ void attention_kernel(const AttentionTile& t) {
   else attention_rows<1>(t);
 }
 
+#include "kernels/cpu/isa_attention.inl"
+
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
 void load_kernel(const void* from, Storage s, float* to, int64_t count) {
@@ -522,6 +534,36 @@ void rms_norm_kernel(const float* x, const float* weight, float eps, int dims, f
   for (i = 0; i < dims; ++i) out[i] = weight == nullptr ? x[i] * r : x[i] * r * weight[i];
 }
 
+void rope_kernel(float* x, int heads, int width, const float* cosines, const float* sines, int pairs, bool traditional, float scale) {
+  for (int h = 0; h < heads; ++h, x += width) {
+    if (traditional) {
+      for (int i = 0; i < pairs; ++i) {
+        const float a = x[2 * i] * scale, b = x[2 * i + 1] * scale;
+        x[2 * i] = a * cosines[i] - b * sines[i];
+        x[2 * i + 1] = b * cosines[i] + a * sines[i];
+      }
+      continue;
+    }
+    int i = 0;
+    for (; i + 16 <= pairs; i += 16) {
+      const F a = load(x + i) * scale, b = load(x + pairs + i) * scale, c = load(cosines + i), s = load(sines + i);
+      store(x + i, a * c - b * s);
+      store(x + pairs + i, b * c + a * s);
+    }
+    for (; i < pairs; ++i) {
+      const float a = x[i] * scale, b = x[pairs + i] * scale;
+      x[i] = a * cosines[i] - b * sines[i];
+      x[pairs + i] = b * cosines[i] + a * sines[i];
+    }
+  }
+}
+
+void add_scaled_kernel(float* x, const float* y, float scale, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(x + i, load(x + i) + load(y + i) * scale);
+  for (; i < count; ++i) x[i] += y[i] * scale;
+}
+
 template <class Act>
 inline void gated(const float* gate, const float* up, float* out, int64_t count, Act act) {
   int64_t i = 0;
@@ -556,7 +598,8 @@ const Isa& MLXLM_ISA_FUNCTION() {
   constexpr bool digits = false;
 #endif
   static constexpr Isa table = {MLXLM_ISA_NAME,   digits,           panel_kernel,    make_digits_kernel, group_sums_kernel, dense_kernel,
-                                attention_kernel, load_kernel,      store_kernel,    rms_norm_kernel,    silu_mul_kernel,   gelu_tanh_mul_kernel};
+                                attention_kernel, attention_block_kernel, merge_rows_kernel, rope_kernel, add_scaled_kernel, load_kernel,
+                                store_kernel,     rms_norm_kernel,  silu_mul_kernel, gelu_tanh_mul_kernel};
   return table;
 }
 

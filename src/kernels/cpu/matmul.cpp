@@ -5,6 +5,7 @@
 #include <mlx/ops.h>
 
 #include "base/thread_pool.h"
+#include "kernels/cpu/block.h"
 #include "kernels/cpu/kernel.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/rows.h"
@@ -62,23 +63,6 @@ Prepared& prepared() {
   return p;
 }
 
-/** Rows [first, first + 16) of the weights times activation rows [m0, m0 + count): c [count][16]. */
-void block16(const PackedMatrix& w, int matrix, int index, const Activations& a, int m0, int count, float* c) {
-  if (w.quantized()) {
-    isa().panel(w.panels, w.panel(matrix, index), a, m0, count, c, 16);
-    return;
-  }
-  const int first = index * 16, last = std::min(first + 16, w.rows);
-  for (int n = first; n < last;) {
-    // Four rows at a time while they lie in one part.
-    const auto* at = static_cast<const uint8_t*>(w.dense_row(matrix, n));
-    const int64_t row_bytes = int64_t(w.k) * (w.storage == Storage::f32 ? 4 : 2);
-    const bool four = n + 4 <= last && w.dense_row(matrix, n + 3) == at + 3 * row_bytes;
-    isa().dense(at, w.storage, w.k, four ? 4 : 1, a.x + int64_t(m0) * w.k, count, w.k, c + (n - first), 16);
-    n += four ? 4 : 1;
-  }
-}
-
 void add_bias_and_store(mx::array& out, int64_t row, int n_total, int first, int count, float* c, const float* bias) {
   if (bias != nullptr) {
     for (int i = 0; i < count; ++i) c[i] += bias[first + i];
@@ -106,7 +90,7 @@ void run_matmul(const std::vector<mx::array>& in, mx::array& out, const PackedMa
     const int chunk = task / blocks, m0 = task % blocks * m_block, count = std::min(m_block, m - m0);
     float* c = scratch(0, int64_t(m_block) * 16);
     for (int index = chunk * grain; index < std::min(panels, (chunk + 1) * grain); ++index) {
-      block16(w, 0, index, p.a, m0, count, c);
+      multiply_block16(w, 0, index, p.a, m0, count, c);
       const int first = index * 16, width = std::min(16, n - first);
       for (int i = 0; i < count; ++i) {
         add_bias_and_store(out, m0 + i, n, first, width, c + i * 16, bias.empty() ? nullptr : bias.data());
@@ -147,14 +131,31 @@ void run_gather(const std::vector<mx::array>& in, mx::array& out, const PackedMa
   compute_pool().parallel_for(panels, [&](int index, int) {
     float* c = scratch(0, 16);
     for (int i = 0; i < total; ++i) {
-      block16(w, list[i].expert, index, p.a, list[i].row, 1, c);
+      multiply_block16(w, list[i].expert, index, p.a, list[i].row, 1, c);
       const int first = index * 16;
       add_bias_and_store(out, list[i].slot, w.rows, first, std::min(16, w.rows - first), c, nullptr);
     }
   });
 }
 
-/** Row `n` of the matrix as floats. */
+}  // namespace
+
+void multiply_block16(const PackedMatrix& w, int matrix, int index, const Activations& a, int m0, int count, float* c) {
+  if (w.quantized()) {
+    isa().panel(w.panels, w.panel(matrix, index), a, m0, count, c, 16);
+    return;
+  }
+  const int first = index * 16, last = std::min(first + 16, w.rows);
+  for (int n = first; n < last;) {
+    // Four rows at a time while they lie in one part.
+    const auto* at = static_cast<const uint8_t*>(w.dense_row(matrix, n));
+    const int64_t row_bytes = int64_t(w.k) * (w.storage == Storage::f32 ? 4 : 2);
+    const bool four = n + 4 <= last && w.dense_row(matrix, n + 3) == at + 3 * row_bytes;
+    isa().dense(at, w.storage, w.k, four ? 4 : 1, a.x + int64_t(m0) * w.k, count, w.k, c + (n - first), 16);
+    n += four ? 4 : 1;
+  }
+}
+
 void expand_row(const PackedMatrix& w, int64_t n, float* out) {
   if (!w.quantized()) {
     isa().load(w.dense_row(0, static_cast<int>(n)), w.storage, out, w.k);
@@ -175,8 +176,6 @@ void expand_row(const PackedMatrix& w, int64_t n, float* out) {
     }
   }
 }
-
-}  // namespace
 
 mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::optional<mx::array>& bias) {
   if (x.ndim() == 0 || x.shape(-1) != w->k) throw Error(Code::internal, "matmul", "x does not have the width of the weights");

@@ -1,0 +1,76 @@
+// The same kernels on plain rows of floats, run at once: what the fused executor is made of. Thread: one at a time (they share scratch memory).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/packed.h"
+
+namespace mlxlm::kernels::cpu {
+
+/** Float memory that grows and is not initialized. */
+class FloatBuffer {
+ public:
+  float* get(int64_t floats) {
+    if (floats > size_) {
+      data_ = std::make_unique_for_overwrite<float[]>(floats + 64);
+      size_ = floats;
+    }
+    return data_.get();
+  }
+
+ private:
+  std::unique_ptr<float[]> data_;
+  int64_t size_ = 0;
+};
+
+/** A linear map whose rows may lie in several matrices of the same width, one below the other. */
+struct EagerMap {
+  struct Part {
+    PackedMatrixPtr matrix;
+    std::vector<float> bias;  // empty = none
+  };
+  std::vector<Part> parts{};
+  int out_dims = 0, in_dims = 0;
+};
+
+/** Writes row `row` of the activations to `to`; called once a row, from any thread of the pool. */
+using RowSource = std::function<void(int row, float* to)>;
+
+/** x [m, in_dims] (made by `source`) -> out [m, ld_out >= out_dims]. `exact`: float32 arithmetic, not the two-digit form. */
+void eager_map(const EagerMap& map, int m, const RowSource& source, bool exact, float* out, int64_t ld_out);
+
+/** Experts: token t's j-th choice is experts[t * top_k + j]. `source` makes rows 0..m-1 ([m] tokens, or [m * top_k] when per_choice).
+ *  out [m * top_k, out_dims]. */
+void eager_gather(const EagerMap& map, int m, int top_k, const int* experts, bool per_choice, const RowSource& source, bool exact, float* out,
+                  int64_t ld_out);
+
+/** Row n of an embedding table. */
+void eager_embedding(const PackedMatrix& table, int64_t n, float* out);
+
+/** Attention of one sequence's new tokens over its cache. */
+struct EagerAttention {
+  const float* q = nullptr;  // [tokens][q_stride]: heads side by side, head_dim each, not scaled
+  float* out = nullptr;      // [tokens][out_stride]
+  int64_t q_stride = 0, out_stride = 0;
+  int tokens = 0;
+  const void *keys = nullptr, *values = nullptr;  // [kv_heads][capacity][dims]
+  int64_t capacity = 0;
+  int visible = 0;  // keys that the first token sees; each next one sees one more
+  int window = 0;   // > 0: only the last so many of them
+};
+struct AttentionShape {
+  int heads, kv_heads, key_dims, value_dims;
+  float scale, softcap;
+  Storage storage;
+};
+void eager_attention(const std::vector<EagerAttention>& sequences, const AttentionShape& shape);
+
+/** body(chunk) for chunk in [0, chunks) on the pool. */
+void in_parallel(int chunks, const std::function<void(int)>& body);
+
+}  // namespace mlxlm::kernels::cpu

@@ -1,0 +1,169 @@
+// Attention over one block of keys: part of isa.inl.
+
+/** Element i of the result is the sum of v[i]; lanes are added in one fixed order, whatever i. */
+inline F sums16(const F* v) {
+  F t[8], u[4];
+  for (int i = 0; i < 8; ++i) {
+    const F a = v[i], b = v[i + 8];
+    t[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const F a = t[i], b = t[i + 4];
+    u[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  F w[2];
+  for (int i = 0; i < 2; ++i) {
+    const F a = u[i], b = u[i + 2];
+    w[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  return __builtin_shufflevector(w[0], w[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         __builtin_shufflevector(w[0], w[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+/** scores[r][0..64) = q[r] . k[j] for R rows (1, 2 or 4) and keys [0, keys rounded up to 16). `dims` is a multiple of 16. */
+template <int R>
+void block_scores(const float* const* q, const float* k, int keys, int dims, float* const* scores) {
+  constexpr int per = 16 / R;
+  for (int j = 0; j < keys; j += per) {
+    F acc[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) acc[i] = F{};
+    for (int d = 0; d < dims; d += 16) {
+      F qv[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) qv[r] = load(q[r] + d);
+#pragma GCC unroll 16
+      for (int n = 0; n < per; ++n) {
+        const F kv = load(k + int64_t(j + n) * dims + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r * per + n] += qv[r] * kv;
+      }
+    }
+    const F s = sums16(acc);
+    for (int r = 0; r < R; ++r) memcpy(scores[r] + j, reinterpret_cast<const char*>(&s) + r * per * 4, per * 4);
+  }
+}
+
+/** out[r][0..dims) = sum_j p[r][j] * v[j]. */
+template <int R>
+void block_values(const float* const* p, const float* v, int keys, int dims, float* const* out) {
+  int d = 0;
+  for (; d + 64 <= dims; d += 64) {
+    F acc[R][4];
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = F{};
+    for (int j = 0; j < keys; ++j) {
+      const float* row = v + int64_t(j) * dims + d;
+      const F v0 = load(row), v1 = load(row + 16), v2 = load(row + 32), v3 = load(row + 48);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const float w = p[r][j];
+        acc[r][0] += v0 * w;
+        acc[r][1] += v1 * w;
+        acc[r][2] += v2 * w;
+        acc[r][3] += v3 * w;
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < 4; ++n) store(out[r] + d + 16 * n, acc[r][n]);
+    }
+  }
+  for (; d < dims; d += 16) {
+    F acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = F{};
+    for (int j = 0; j < keys; ++j) {
+      const F row = load(v + int64_t(j) * dims + d);
+      for (int r = 0; r < R; ++r) acc[r] += row * p[r][j];
+    }
+    for (int r = 0; r < R; ++r) store(out[r] + d, acc[r]);
+  }
+}
+
+inline F lane_numbers(int from) {
+  return F{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + float(from);
+}
+
+inline float max_lane(F v) {
+  float t[16];
+  memcpy(t, &v, sizeof v);
+  float best = t[0];
+  for (int l = 1; l < 16; ++l) best = t[l] > best ? t[l] : best;
+  return best;
+}
+
+/** Scores of a row to exp(score - peak) over keys [first, last) of the block, 0 elsewhere. */
+void block_softmax(float* s, int keys, int first, int last, float softcap, float* peak, float* total) {
+  const F none = set(-INFINITY);
+  F best = none;
+  for (int j = 0; j < keys; j += 16) {
+    F x = load(s + j);
+    if (softcap > 0.f) x = softcap * (1.f - 2.f / (vexp(x * (2.f / softcap)) + 1.f));
+    const F at = lane_numbers(j);
+    x = select((at >= float(first)) & (at < float(last)), x, none);
+    store(s + j, x);
+    best = vmax(x, best);
+  }
+  *peak = max_lane(best);
+  const bool any = last > first;
+  F t = F{};
+  for (int j = 0; j < keys; j += 16) {
+    const F x = load(s + j), at = lane_numbers(j);
+    const F e = select((at >= float(first)) & (at < float(last)), vexp(x - *peak), F{});
+    store(s + j, e);
+    t += e;
+  }
+  *total = any ? sum(t) : 0.f;
+}
+
+template <int R>
+void block_rows(const BlockAttention& b, int r0) {
+  const float* q[R];
+  float *s[R], *out[R];
+  for (int r = 0; r < R; ++r) {
+    // A missing row repeats the first one into the scratch of its own.
+    const int row = r0 + r < b.rows ? r0 + r : r0;
+    q[r] = b.q + int64_t(row) * b.key_dims;
+    s[r] = b.scores + r * attention_block;
+    out[r] = r0 + r < b.rows ? b.out + int64_t(r0 + r) * b.value_dims : b.spare;
+  }
+  const int keys = (b.keys + 15) / 16 * 16;
+  block_scores<R>(q, b.k, keys, b.key_dims, s);
+  for (int r = 0; r < R && r0 + r < b.rows; ++r) {
+    block_softmax(s[r], keys, b.first[r0 + r], b.last[r0 + r], b.softcap, b.peaks + r0 + r, b.totals + r0 + r);
+  }
+  for (int r = 0; r < R && r0 + r >= b.rows; ++r) memset(s[r], 0, attention_block * 4);
+  block_values<R>(const_cast<const float* const*>(s), b.v, b.keys, b.value_dims, out);
+}
+
+void attention_block_kernel(const BlockAttention& b) {
+  for (int r = 0; r < b.rows;) {
+    const int left = b.rows - r;
+    if (left >= 3) {
+      block_rows<4>(b, r);
+      r += 4;
+    } else if (left == 2) {
+      block_rows<2>(b, r);
+      r += 2;
+    } else {
+      block_rows<1>(b, r);
+      r += 1;
+    }
+  }
+}
+
+void merge_rows_kernel(float* peak, float* total, float* out, float new_peak, float new_total, const float* more, int dims) {
+  if (new_peak == -INFINITY && new_total == 0.f) return;
+  if (*peak == -INFINITY && *total == 0.f) {
+    *peak = new_peak;
+    *total = new_total;
+    memcpy(out, more, dims * 4);
+    return;
+  }
+  const float high = *peak > new_peak ? *peak : new_peak;
+  const float a = exp_one(*peak - high), b = exp_one(new_peak - high);
+  *peak = high;
+  *total = *total * a + new_total * b;
+  for (int d = 0; d < dims; d += 16) store(out + d, load(out + d) * a + load(more + d) * b);
+}
