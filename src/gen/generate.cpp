@@ -29,12 +29,6 @@ bool on_gpu() {
   return mx::default_device() == mx::Device::gpu;
 }
 
-/** MLX's allocator does not see mapped and packed weights, which is where a CPU model lies. */
-double peak_memory_gb() {
-  const auto allocated = static_cast<int64_t>(mx::get_peak_memory());
-  return static_cast<double>(on_gpu() ? allocated : std::max(allocated, peak_resident_bytes())) / 1e9;
-}
-
 void evaluate_state(const cache::Caches& caches) {
   std::vector<mx::array> arrays;
   for (const auto& c : caches) {
@@ -259,6 +253,12 @@ Response Generation::run(const std::function<bool(const Response&)>& on_response
 }
 
 }  // namespace
+
+/** MLX's allocator does not see mapped and packed weights, which is where a CPU model lies. */
+double peak_memory_gb() {
+  const auto allocated = static_cast<int64_t>(mx::get_peak_memory());
+  return static_cast<double>(on_gpu() ? allocated : std::max(allocated, peak_resident_bytes())) / 1e9;
+}
 
 Response stream_generate(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<int>& prompt,
                          const Options& options, const std::function<bool(const Response&)>& on_response, cache::Caches* caches) {
