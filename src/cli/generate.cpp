@@ -37,7 +37,6 @@ void refuse_unsupported(const Arguments& a) {
   const auto refuse = [](bool given, const char* option, const char* why = "not supported yet") {
     if (given) throw Error(Code::unsupported, option, why);
   };
-  refuse(!a.adapter_path.empty(), "--adapter-path");
   refuse(!a.draft_model.empty(), "--draft-model");
   refuse(!a.prompt_cache_file.empty(), "--prompt-cache-file");
   refuse(a.kv_bits.has_value(), "--kv-bits");
@@ -168,7 +167,7 @@ int run(const Arguments& a) {
   const auto path = find_model(a.model);
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
-  auto session = open_session(path);
+  auto session = open_session(path, a.adapter_path);
   line.clear();
   for (const auto& token : a.extra_eos) session.tokenizer.add_eos_token(token);
   const auto prompt = prompt_tokens(a, session.tokenizer, text, variables);
@@ -244,7 +243,7 @@ void add_generate(CLI::App& app, Action& action) {
   auto& c = *app.add_subcommand("generate", "Generate text from a prompt");
   c.add_option("--model", a->model, "Folder, .gguf file or repository (org/name); the default model when not given");
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
-  c.add_option("--adapter-path", a->adapter_path, "Trained adapter (not supported yet)");
+  c.add_option("--adapter-path", a->adapter_path, "Folder of a trained adapter (LoRA, DoRA or full)");
   c.add_option("--extra-eos-token", a->extra_eos, "Tokens, or their ids, that also end the answer");
   c.add_option("--system-prompt", a->system_prompt, "System message for the chat template");
   c.add_option("-p,--prompt", a->prompt, "Message to the model; \\n and \\t are escapes; '-' reads stdin")->capture_default_str();

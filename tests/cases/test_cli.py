@@ -221,7 +221,7 @@ def test_unknown_flag(model):
         (["--max-kv-size", "0"], "max_kv_size"),
         (["--seed", "-1"], "seed"),
         (["--image", "x.png"], "--image"),
-        (["--adapter-path", "x"], "--adapter-path"),
+        (["--adapter-path", "x"], "x: no such adapter folder"),
         (["--draft-model", "x"], "--draft-model"),
         (["--prompt-cache-file", "x"], "--prompt-cache-file"),
         (["--kv-bits", "4"], "--kv-bits"),
