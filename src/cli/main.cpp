@@ -14,9 +14,9 @@ namespace {
 
 using namespace mlxlm;
 
-const std::vector<std::string> kCommands{"describe", "generate", "logits"};
+const std::vector<std::string> kCommands{"chat", "describe", "generate", "logits"};
 // Commands of the reference that are not written yet.
-const std::vector<std::string> kLater{"awq",           "benchmark", "cache_prompt", "chat",  "convert", "dwq",
+const std::vector<std::string> kLater{"awq",           "benchmark", "cache_prompt", "convert", "dwq",
                                       "dynamic_quant", "evaluate",  "fuse",         "gptq",  "lora",    "manage",
                                       "perplexity",    "serve",     "server",       "share", "upload"};
 
@@ -44,6 +44,7 @@ int run(int argc, char** argv) {
   app.require_subcommand(0, 1);
   cli::Action action;
   cli::add_generate(app, action);
+  cli::add_chat(app, action);
   cli::add_describe(app, action);
   cli::add_logits(app, action);
 
