@@ -1,8 +1,8 @@
 // mlx-lm chat: a conversation with a model, on a terminal or line by line from a pipe. Reference: mlx_lm/chat.py, mlx_lm/cli_ui.py
-#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <optional>
 
 #include <fmt/format.h>
@@ -217,9 +217,11 @@ void Repl::load(const std::string& file) {
   const auto path = user_path(file);
   std::error_code none;
   if (!std::filesystem::exists(path, none)) throw Error(Code::not_found, path.string(), "no such file");
-  if (!std::filesystem::is_regular_file(path, none)) throw Error(Code::bad_request, path.string(), "is no file, wanted a saved conversation");
+  if (!std::filesystem::is_regular_file(path, none))
+    throw Error(Code::bad_request, path.string(), "is no file, wanted a saved conversation");
   if (std::filesystem::file_size(path, none) > kMaxConversationBytes) {
-    throw Error(Code::bad_request, path.string(), fmt::format("is larger than {} bytes, wanted a saved conversation", kMaxConversationBytes));
+    throw Error(Code::bad_request, path.string(),
+                fmt::format("is larger than {} bytes, wanted a saved conversation", kMaxConversationBytes));
   }
   const auto value = read_json_file(path);
   try {
@@ -256,13 +258,15 @@ bool Repl::obey(const Input& input) {
     load(rest);
   } else {
     const auto nearest = nearest_names(name, {"/quit", "/reset", "/help", "/system", "/save", "/load"}, 1);
-    throw Error(Code::bad_request, fmt::format("unknown command '{}'; wanted {}", name, nearest.empty() ? "one that /help lists" : nearest[0]));
+    throw Error(Code::bad_request,
+                fmt::format("unknown command '{}'; wanted {}", name, nearest.empty() ? "one that /help lists" : nearest[0]));
   }
   return true;
 }
 
 void Repl::print_statistics(const Conversation::Turn& turn) {
   const auto& r = turn.last;
+  if (r.generation_tokens == 0) return note("[stopped before the answer; the message is taken back]");
   const char* how = r.finish == gen::Finish::cancelled ? ", stopped" : r.finish == gen::Finish::length ? ", cut by --max-tokens" : "";
   const auto kept = turn.reused_tokens > 0 ? fmt::format(" (and {} kept)", turn.reused_tokens) : "";
   note(fmt::format("[prompt {} tokens{}, {:.1f}/s; answer {} tokens, {:.1f}/s{}; peak memory {:.3f} GB]", r.prompt_tokens, kept,
@@ -309,6 +313,8 @@ int Repl::run() {
     } catch (const Error& e) {
       if (std::ferror(stdout) || std::string_view(e.what()).starts_with("stdin:")) throw;
       report(e.what());
+    } catch (const std::bad_alloc&) {
+      report("out of memory");
     }
   }
   return status_;
@@ -384,7 +390,8 @@ void add_chat(CLI::App& app, Action& action) {
   c.add_option("--model", a->model, "Folder, .gguf file or repository (org/name); the default model when not given");
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
   add_options(c, *a);
-  c.footer("Commands while talking:\n" + std::string(kHelp) + "\nExample:\n  mlx-lm chat --model org/name --system-prompt \"Answer briefly.\" --temp 0.7");
+  c.footer("Commands while talking:\n" + std::string(kHelp) +
+           "\nExample:\n  mlx-lm chat --model org/name --system-prompt \"Answer briefly.\" --temp 0.7");
   c.callback([a, &action] { action = [a] { return run(*a); }; });
 }
 

@@ -30,7 +30,8 @@ json checked_message(const json& value, std::size_t index) {
 Conversation::Conversation(Session& session, gen::Options options, json variables)
     : session_(session), options_(std::move(options)), variables_(std::move(variables)) {
   if (!session.tokenizer.has_chat_template()) {
-    throw Error(Code::unsupported, "chat", "the model has no chat template; wanted one that was made for conversations, or mlx-lm generate");
+    throw Error(Code::unsupported, "chat",
+                "the model has no chat template; wanted one that was made for conversations, or mlx-lm generate");
   }
 }
 
@@ -47,8 +48,8 @@ void Conversation::drop_caches() {
 
 std::size_t Conversation::keep_common_prefix(const std::vector<int>& prompt) {
   const auto most = std::min(held_.size(), prompt.empty() ? 0 : prompt.size() - 1);
-  const auto common = static_cast<std::size_t>(std::mismatch(held_.begin(), held_.begin() + static_cast<std::ptrdiff_t>(most), prompt.begin()).first -
-                                               held_.begin());
+  const auto common = static_cast<std::size_t>(
+      std::mismatch(held_.begin(), held_.begin() + static_cast<std::ptrdiff_t>(most), prompt.begin()).first - held_.begin());
   const auto surplus = static_cast<int>(held_.size() - common);
   const auto fits = [&](const cache::CachePtr& c) { return !c || surplus == 0 || c->trimmable(); };
   if (!std::ranges::all_of(caches_, fits)) {

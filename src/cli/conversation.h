@@ -21,8 +21,8 @@ class Conversation {
     gen::Response last;
     int reused_tokens = 0;  // of the prompt, already in the caches
   };
-  /** Adds the message and its answer. One that was cancelled stays with what on_text got; without any text the message is taken back, as it is
-   *  when this throws. */
+  /** Adds the message and its answer. One that was cancelled stays with what on_text got; without any text the message is taken back, as it
+   * is when this throws. */
   Turn answer(const std::string& message, const std::function<void(const std::string& text)>& on_text);
 
   void set_system(std::optional<std::string> text) { system_ = std::move(text); }
@@ -32,8 +32,8 @@ class Conversation {
 
   /** [{"role", "content"}, ...], the system prompt first. */
   json to_json() const;
-  /** Takes such a list, or an object with it as "messages", instead of what there is. Throws Error(bad_request), Error(bad_template) and changes
-   *  nothing then. */
+  /** Takes such a list, or an object with it as "messages", instead of what there is. Throws Error(bad_request), Error(bad_template) and
+   * changes nothing then. */
   void from_json(const json& value);
 
  private:

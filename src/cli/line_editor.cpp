@@ -76,7 +76,7 @@ void Interrupts::install() {
     ::fcntl(fd, F_SETFL, O_NONBLOCK);
     ::fcntl(fd, F_SETFD, FD_CLOEXEC);
   }
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_handler = on_interrupt;
   action.sa_flags = SA_RESTART;
   ::sigaction(SIGINT, &action, nullptr);
@@ -227,9 +227,9 @@ void LineEditor::Editing::bind_keys() {
   el_wset(editor, EL_ADDFN, L"mlx-paste", L"Insert what is pasted", paste);
   el_wset(editor, EL_ADDFN, L"mlx-new-line", L"Insert a new line", new_line);
   constexpr const wchar_t* kKeys[][2] = {
-      {L"\\e[200~", L"mlx-paste"},       {L"\\e^J", L"mlx-new-line"},      {L"\\e^M", L"mlx-new-line"},     {L"^R", L"em-inc-search-prev"},
-      {L"^W", L"ed-delete-prev-word"},   {L"\\e[1;5D", L"ed-prev-word"},   {L"\\e[1;5C", L"em-next-word"},  {L"\\e[3~", L"ed-delete-next-char"},
-      {L"\\e[H", L"ed-move-to-beg"},     {L"\\e[F", L"ed-move-to-end"},    {L"\\e[1~", L"ed-move-to-beg"},  {L"\\e[4~", L"ed-move-to-end"},
+      {L"\\e[200~", L"mlx-paste"},     {L"\\e^J", L"mlx-new-line"},    {L"\\e^M", L"mlx-new-line"},    {L"^R", L"em-inc-search-prev"},
+      {L"^W", L"ed-delete-prev-word"}, {L"\\e[1;5D", L"ed-prev-word"}, {L"\\e[1;5C", L"em-next-word"}, {L"\\e[3~", L"ed-delete-next-char"},
+      {L"\\e[H", L"ed-move-to-beg"},   {L"\\e[F", L"ed-move-to-end"},  {L"\\e[1~", L"ed-move-to-beg"}, {L"\\e[4~", L"ed-move-to-end"},
   };
   for (const auto& [key, function] : kKeys) el_wset(editor, EL_BIND, key, function, nullptr);
 }
@@ -317,6 +317,7 @@ LineEditor::Got LineEditor::read(const char* prompt, std::string& line) {
   int count = 0;
   const wchar_t* text = nullptr;
   {
+    el_wset(e.editor, EL_PREP_TERM, 1);  // before the prompt is seen: el_wgets() itself does so after it
     const PasteMarks marks;
     text = el_wgets(e.editor, &count);
   }

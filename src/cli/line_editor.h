@@ -8,8 +8,8 @@
 
 namespace mlxlm::cli {
 
-/** Ctrl-C of a conversation on a terminal. From install() on a press sets flag() and wakes whoever polls wake_fd(); it never ends the program,
- *  but for the third press without a clear() between (a long step cannot be stopped otherwise). */
+/** Ctrl-C of a conversation on a terminal. From install() on a press sets flag() and wakes whoever polls wake_fd(); it never ends the
+ * program, but for the third press without a clear() between (a long step cannot be stopped otherwise). */
 class Interrupts {
  public:
   static void install();
@@ -18,8 +18,8 @@ class Interrupts {
   static int wake_fd();
 };
 
-/** Lines from stdin. With `terminal`, prompts are shown, lines can be edited (where libedit was there at build time and TERM is not "dumb"), and
- *  Interrupts must be installed. */
+/** Lines from stdin. With `terminal`, prompts are shown, lines can be edited (where libedit was there at build time and TERM is not
+ * "dumb"), and Interrupts must be installed. */
 class LineEditor {
  public:
   enum class Got { line, interrupted, end };
@@ -30,8 +30,8 @@ class LineEditor {
   LineEditor(const LineEditor&) = delete;
   LineEditor& operator=(const LineEditor&) = delete;
 
-  /** The next line, without its end; valid UTF-8, and of more than one line when it was pasted so. Throws Error(bad_request) for one that is too
-   *  long (the next call reads the line after it) and Error(io). */
+  /** The next line, without its end; valid UTF-8, and of more than one line when it was pasted so. Throws Error(bad_request) for one that
+   * is too long (the next call reads the line after it) and Error(io). */
   Got read(const char* prompt, std::string& line);
   /** Makes an entry the newest of the history; nothing unless lines are edited. */
   void remember(const std::string& entry);
@@ -40,7 +40,7 @@ class LineEditor {
   Got read_plain(const char* prompt, std::string& line);
   struct Editing;  // libedit's side
   bool terminal_;
-  std::string buffer_;  // read, not yet returned
+  std::string buffer_;       // read, not yet returned
   std::size_t scanned_ = 0;  // no end of a line before here
   std::unique_ptr<Editing> editing_;
 };
