@@ -15,6 +15,7 @@ namespace mlxlm::cli {
 using Action = std::function<int()>;
 
 void add_generate(CLI::App& app, Action& action);
+void add_chat(CLI::App& app, Action& action);
 void add_describe(CLI::App& app, Action& action);
 void add_logits(CLI::App& app, Action& action);
 void add_benchmark(CLI::App& app, Action& action);

@@ -14,11 +14,10 @@ namespace {
 
 using namespace mlxlm;
 
-const std::vector<std::string> kCommands{"benchmark", "describe", "generate", "logits"};
+const std::vector<std::string> kCommands{"benchmark", "chat", "describe", "generate", "logits"};
 // Commands of the reference that are not written yet.
-const std::vector<std::string> kLater{"awq",           "cache_prompt", "chat",  "convert", "dwq",
-                                      "dynamic_quant", "evaluate",  "fuse",         "gptq",  "lora",    "manage",
-                                      "perplexity",    "serve",     "server",       "share", "upload"};
+const std::vector<std::string> kLater{"awq",  "cache_prompt", "convert",    "dwq",   "dynamic_quant", "evaluate", "fuse",  "gptq",
+                                      "lora", "manage",       "perplexity", "serve", "server",        "share",    "upload"};
 
 int fail(std::string message, int status) {
   std::replace(message.begin(), message.end(), '\n', ' ');
@@ -44,6 +43,7 @@ int run(int argc, char** argv) {
   app.require_subcommand(0, 1);
   cli::Action action;
   cli::add_generate(app, action);
+  cli::add_chat(app, action);
   cli::add_describe(app, action);
   cli::add_logits(app, action);
   cli::add_benchmark(app, action);
