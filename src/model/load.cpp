@@ -9,10 +9,12 @@ namespace {
 
 namespace fs = std::filesystem;
 
+/** As Python sees it. */
 bool truthy(const json& value) {
-  if (value.is_null()) return false;
-  if (value.is_array()) return !value.empty();
-  return true;
+  if (value.is_boolean()) return value.get<bool>();
+  if (value.is_number()) return value.get<double>() != 0;
+  if (value.is_string()) return !value.get_ref<const std::string&>().empty();
+  return !value.empty();
 }
 
 /** The seam for the methods of other tools: until their conversion is here, a clear refusal. */
