@@ -12,26 +12,41 @@
 #include <mlx/transforms.h>
 
 #include "base/error.h"
+#include "nn/nn.h"
 
 namespace mlxlm::gen {
 
 namespace {
 
-/** The shortest context from where on the rotation of some layer depends on the length of the call. */
+template <class Body>
+void for_ops(const arch::Model& model, Body&& body) {
+  for (const auto& layer : model.layers) {
+    for (const auto& step : layer) {
+      for (const auto& op : step.ops) body(op);
+    }
+  }
+}
+
+/** The longest context in which no layer's rotation depends on the length of the call. */
 int exact_context(const arch::Model& model) {
   int least = INT_MAX;
   const auto look = [&](const std::optional<arch::Rope>& rope) {
     if (rope && rope->kind == arch::RopeKind::dynamic_ntk) least = std::min(least, rope->max_positions);
   };
-  for (const auto& layer : model.layers) {
-    for (const auto& step : layer) {
-      for (const auto& op : step.ops) {
-        if (const auto* attention = std::get_if<arch::Attention>(&op)) look(attention->rope);
-        if (const auto* latent = std::get_if<arch::Mla>(&op)) look(latent->rope);
-      }
-    }
-  }
+  for_ops(model, [&](const arch::Op& op) {
+    if (const auto* attention = std::get_if<arch::Attention>(&op)) look(attention->rope);
+    if (const auto* latent = std::get_if<arch::Mla>(&op)) look(latent->rope);
+  });
   return least;
+}
+
+/** The longest call in which each token gets what it would get alone. */
+int exact_call(const arch::Model& model) {
+  int most = INT_MAX;
+  for_ops(model, [&](const arch::Op& op) {
+    if (std::holds_alternative<arch::Mla>(op) || std::holds_alternative<arch::Mamba2>(op)) most = nn::stepwise_tokens;
+  });
+  return most;
 }
 
 mx::array row_of_tokens(const std::vector<int>& tokens) {
@@ -72,17 +87,16 @@ void check_same_vocabulary(const text::Tokenizer& target, const text::Tokenizer&
 // ---- Trail -------------------------------------------------------------------------------------------------------------
 
 Trail::Trail(model::CausalModel& model, cache::Caches& caches)
-    : model_(model), caches_(caches), exact_tokens_(exact_context(model.description())) {}
+    : model_(model), caches_(caches), exact_context_(exact_context(model.description())), exact_call_(exact_call(model.description())) {}
 
 bool Trail::one_call_agrees(int tokens) const {
   tokens += static_cast<int>(pending_.size());
-  return std::ranges::all_of(caches_, [&](const auto& c) {
-    return !c || (c->one_call_agrees(tokens) && (exact_tokens_ == INT_MAX || c->offset() + tokens <= exact_tokens_));
-  });
+  if (tokens > exact_call_) return false;
+  return std::ranges::all_of(caches_, [&](const auto& c) { return !c || (c->one_call_agrees(tokens) && tokens <= exact_context_ - c->offset()); });
 }
 
 void Trail::mark(int tokens, bool one_call) {
-  constexpr std::size_t most_pending = 16;  // so few rows more cost a call nearly nothing
+  constexpr std::size_t most_pending = nn::stepwise_tokens / 2;  // so few rows more cost a call nearly nothing
   if (pending_.size() > most_pending) settle();
   tokens += static_cast<int>(pending_.size());
   since_.clear();

@@ -41,7 +41,8 @@ class Trail {
  private:
   model::CausalModel& model_;
   cache::Caches& caches_;
-  int exact_tokens_;                      // the length of a context from where on a rotation depends on the length of the call
+  int exact_context_;                     // tokens; in a longer one a rotation depends on the length of the call
+  int exact_call_;                        // tokens; longer ones are computed in another form
   bool marked_ = false;
   std::vector<cache::CachePtr> copies_;   // of the caches that cannot rewind, as they were at the mark
   std::vector<int> since_;                // tokens that ran since the mark
