@@ -27,7 +27,7 @@ namespace mx = mlx::core;
 using Clock = std::chrono::steady_clock;
 
 struct Arguments {
-  std::string model;
+  std::string model, cpu_precision = "default";
   int prompt_tokens = 512, generation_tokens = 1024, batch_size = 1, trials = 5, prefill_step_size = 2048, delay_s = 0, threads = 0;
   bool pipeline = false, quantize_activations = false, trust_remote_code = false, json = false, bandwidth = false;
 };
@@ -159,6 +159,7 @@ void print_json(const Arguments& a, const Session& session, const std::vector<Tr
 int run(const Arguments& a) {
   check(a);
   if (a.threads > 0) set_compute_threads(a.threads);
+  set_cpu_precision(a.cpu_precision);
   auto session = open_session(find_model(a.model));
   const auto prompts = random_prompts(a, session.loaded.model->description().vocab);
   const InterruptGuard guard;
@@ -215,6 +216,7 @@ void add_benchmark(CLI::App& app, Action& action) {
   c.add_option("--delay", a->delay_s, "Seconds between trials")->capture_default_str();
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
   c.add_option("--threads", a->threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
+  add_cpu_precision(c, a->cpu_precision);
   c.add_flag("--bandwidth", a->bandwidth, "Also measure how fast this machine reads memory (1 GB), and the share that decoding reaches");
   c.add_flag("--json", a->json, "Print one JSON object with every trial");
   c.footer("Example:\n  mlx-lm benchmark --model org/name --prompt-tokens 512 --generation-tokens 128 --num-trials 3");
