@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "api/session.h"
+#include "kernels/cpu/kernels.h"
 
 namespace mlxlm::cli {
 
@@ -18,6 +19,17 @@ std::atomic<bool> interrupted{false};
 static_assert(std::atomic<bool>::is_always_lock_free);
 
 }  // namespace
+
+void add_cpu_precision(CLI::App& command, std::string& value) {
+  command.add_option("--cpu-precision", value, "Activations in products with quantized weights: exact (float32), default (15 bits), fast (8 bits)")
+      ->check(CLI::IsMember({"exact", "default", "fast"}))
+      ->capture_default_str();
+}
+
+void set_cpu_precision(const std::string& value) {
+  using kernels::cpu::Precision;
+  kernels::cpu::set_precision(value == "exact" ? Precision::exact : value == "fast" ? Precision::fast : Precision::standard);
+}
 
 StatusLine::StatusLine() : terminal_(::isatty(STDERR_FILENO) == 1) {}
 

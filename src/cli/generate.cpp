@@ -23,7 +23,7 @@ constexpr int kLongPromptTokens = 512;  // from here on a prompt is worth a prog
 
 /** The options as the command line spells them; defaults are the reference's. */
 struct Arguments {
-  std::string model, adapter_path, prompt = "hello", chat_template_config, verbose = "True", prompt_cache_file, draft_model;
+  std::string model, adapter_path, prompt = "hello", chat_template_config, verbose = "True", prompt_cache_file, draft_model, cpu_precision = "default";
   std::vector<std::string> extra_eos, images, stop;
   std::optional<std::string> system_prompt, prefill_response;
   bool trust_remote_code = false, ignore_chat_template = false, default_chat_template = false, quantize_activations = false, json = false;
@@ -172,6 +172,7 @@ int run(const Arguments& a) {
   if (a.threads < 0) throw Error(Code::bad_request, "--threads", fmt::format("got {}, wanted 0 (all cores) or more", a.threads));
   if (a.threads > 0) set_compute_threads(a.threads);
 
+  set_cpu_precision(a.cpu_precision);
   const auto path = find_model(a.model);
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
@@ -272,6 +273,7 @@ void add_generate(CLI::App& app, Action& action) {
   c.add_option("--chat-template-config", a->chat_template_config, "JSON object of further variables for the chat template");
   c.add_option("--verbose", a->verbose, "False or F: print the answer only")->capture_default_str();
   add_cache(c, *a);
+  add_cpu_precision(c, a->cpu_precision);
   c.add_flag("--json", a->json, "Print one JSON object: text, tokens, finish_reason, counts and speeds");
   c.footer("Example:\n  mlx-lm generate --model org/name --prompt \"Why is the sky blue?\" --max-tokens 200 --temp 0.7");
   c.callback([a, &action] { action = [a] { return run(*a); }; });

@@ -30,12 +30,6 @@ bool on_gpu() {
   return mx::default_device() == mx::Device::gpu;
 }
 
-/** MLX's allocator does not see mapped and packed weights, which is where a CPU model lies. */
-double peak_memory_gb() {
-  const auto allocated = static_cast<int64_t>(mx::get_peak_memory());
-  return static_cast<double>(on_gpu() ? allocated : std::max(allocated, peak_resident_bytes())) / 1e9;
-}
-
 /** What is to be told about a token. */
 struct Told {
   std::optional<mx::array> logprob{}, logprobs{};
@@ -368,6 +362,12 @@ bool Generation::draft_and_check(Trail& trail, int last_token) {
 }
 
 }  // namespace
+
+/** MLX's allocator does not see mapped and packed weights, which is where a CPU model lies. */
+double peak_memory_gb() {
+  const auto allocated = static_cast<int64_t>(mx::get_peak_memory());
+  return static_cast<double>(on_gpu() ? allocated : std::max(allocated, peak_resident_bytes())) / 1e9;
+}
 
 Response stream_generate(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<int>& prompt,
                          const Options& options, const std::function<bool(const Response&)>& on_response, cache::Caches* caches) {

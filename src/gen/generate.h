@@ -49,6 +49,9 @@ struct Response {
   double peak_memory_gb = 0;  // 1e9 bytes; on the CPU of the whole process, on a GPU of MLX's allocator
 };
 
+/** GB (1e9 bytes): on a GPU of MLX's allocator, on the CPU of the whole process. */
+double peak_memory_gb();
+
 /** Calls on_response once for each token, the end-of-text token included; the last call has `finish` set and the rest of the text.
  *  When on_response returns false, or `cancel` is set, generation ends with Finish::cancelled. `caches` may be given to continue from (they
  *  then hold every token that was delivered; speculation may replace the objects in them); else fresh ones are made. Returns the last response.

@@ -72,15 +72,37 @@ class Runner {
   int batch_, heads_, length_, kv_heads_, keys_, group_;
 };
 
-/** The kernel reads keys and values with a contiguous last axis; views of a cache have one. */
+/** The kernel reads keys and values with a contiguous last axis. Views of a cache have one; others are copied. */
+mx::array with_plain_rows(const mx::array& a) {
+  if (a.strides(3) == 1 || a.shape(3) == 1) return mx::array::unsafe_weak_copy(a);
+  const Rows rows(a);
+  const auto item = static_cast<int64_t>(mx::size_of(a.dtype()));
+  mx::array copy(mx::allocator::malloc(a.nbytes()), a.shape(), a.dtype());
+  auto* to = copy.data<uint8_t>();
+  for (int64_t row = 0; row < rows.count(); ++row) {
+    const auto* from = a.data<uint8_t>() + rows.offset(row) * item;
+    for (int64_t i = 0; i < rows.width(); ++i, to += item) std::memcpy(to, from + i * a.strides(3) * item, item);
+  }
+  return copy;
+}
+
 mx::array with_dtype(const mx::array& a, mx::Dtype dtype) { return a.dtype() == dtype ? a : mx::astype(a, dtype); }
 
 }  // namespace
 
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options) {
-  if (k.shape(2) < q.shape(2) || q.shape(1) % k.shape(1) != 0) throw Error(Code::internal, "attention", "shapes do not fit");
+  const bool axes = q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4;
+  if (!axes || k.shape(0) != q.shape(0) || v.shape(0) != q.shape(0) || k.shape(3) != q.shape(3) || v.shape(1) != k.shape(1) ||
+      v.shape(2) != k.shape(2) || k.shape(2) < q.shape(2) || k.shape(1) == 0 || q.shape(1) % k.shape(1) != 0) {
+    throw Error(Code::internal, "attention", "shapes do not fit");
+  }
+  storage_of(q.dtype());
+  storage_of(k.dtype());
   return make_kernel("Attention", {q.shape(0), q.shape(2), q.shape(1), v.shape(3)}, q.dtype(), {q, k, with_dtype(v, k.dtype())},
-                     [options](const auto& in, auto& out) { Runner(in, out[0], options).run(); });
+                     [options](const auto& in, auto& out) {
+                       const std::vector<mx::array> plain{mx::array::unsafe_weak_copy(in[0]), with_plain_rows(in[1]), with_plain_rows(in[2])};
+                       Runner(plain, out[0], options).run();
+                     });
 }
 
 }  // namespace mlxlm::kernels::cpu

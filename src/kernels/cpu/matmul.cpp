@@ -27,12 +27,13 @@ struct Prepared {
     a.x = x.data();
     a.digits = nullptr;
     const bool quantized = w.quantized();
-    const bool use_digits = quantized && !exact && isa().uses_digits && w.panels.group <= 128;
+    const bool use_digits = quantized && !exact && precision() != Precision::exact && isa().uses_digits && w.panels.group <= 128;
     if (quantized) {
       a.groups = k / w.panels.group;
       sums.resize(int64_t(m) * a.groups);
       if (use_digits) {
-        digits.resize(2 * int64_t(m) * k);
+        a.digit_count = precision() == Precision::fast ? 1 : 2;
+        digits.resize(a.digit_count * int64_t(m) * k);
         steps.resize(int64_t(m) * a.groups);
       }
     }
@@ -43,7 +44,7 @@ struct Prepared {
         rows.load(i, xi);
         if (!quantized) continue;
         if (use_digits) {
-          isa().make_digits(xi, k, w.panels.group, w.panels.bits, digits.data() + 2 * i * k, steps.data() + i * a.groups,
+          isa().make_digits(xi, k, w.panels.group, w.panels.bits, a.digit_count, digits.data() + a.digit_count * i * k, steps.data() + i * a.groups,
                             sums.data() + i * a.groups);
         } else {
           isa().group_sums(xi, k, w.panels.group, sums.data() + i * a.groups);
@@ -179,24 +180,33 @@ void expand_row(const PackedMatrix& w, int64_t n, float* out) {
 
 mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::optional<mx::array>& bias) {
   if (x.ndim() == 0 || x.shape(-1) != w->k) throw Error(Code::internal, "matmul", "x does not have the width of the weights");
+  storage_of(x.dtype());  // throws here, not on the stream's thread
   auto shape = x.shape();
   shape.back() = w->rows;
   std::vector<mx::array> inputs{x};
-  if (bias) inputs.push_back(*bias);
+  if (bias) {
+    if (bias->shape() != mx::Shape{w->rows}) throw Error(Code::internal, "matmul", "the bias does not have one value a row of the weights");
+    storage_of(bias->dtype());
+    inputs.push_back(*bias);
+  }
   return make_kernel("Matmul", std::move(shape), x.dtype(), std::move(inputs), [w](const auto& in, auto& out) { run_matmul(in, out[0], *w); });
 }
 
 mx::array gather_matmul(const mx::array& x, const PackedMatrixPtr& w, const mx::array& indices, bool per_expert_input,
                         const std::optional<mx::array>& bias) {
-  if (x.shape(-1) != w->k) throw Error(Code::internal, "gather_matmul", "x does not have the width of the weights");
+  if (x.ndim() == 0 || x.shape(-1) != w->k) throw Error(Code::internal, "gather_matmul", "x does not have the width of the weights");
   if (bias) throw Error(Code::unsupported, "gather_matmul", "a bias of stacked experts");
+  storage_of(x.dtype());
   auto shape = indices.shape();
+  const auto rows = x.size() / w->k, wanted = per_expert_input || shape.empty() ? indices.size() : indices.size() / std::max(1, shape.back());
+  if (rows != wanted) throw Error(Code::internal, "gather_matmul", "x and indices are of different tokens");
   shape.push_back(w->rows);
   return make_kernel("GatherMatmul", std::move(shape), x.dtype(), {x, mx::astype(indices, mx::int32)},
                      [w, per_expert_input](const auto& in, auto& out) { run_gather(in, out[0], *w, per_expert_input); });
 }
 
 mx::array take_rows(const PackedMatrixPtr& w, const mx::array& indices, mx::Dtype dtype) {
+  storage_of(dtype);
   auto shape = indices.shape();
   shape.push_back(w->k);
   return make_kernel("TakeRows", std::move(shape), dtype, {mx::contiguous(mx::astype(indices, mx::int32))}, [w](const auto& in, auto& out) {

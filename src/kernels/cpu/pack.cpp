@@ -192,6 +192,10 @@ PackedMatrixPtr pack_affine(const std::vector<mx::array>& weights, const std::ve
   for (std::size_t i = 0; i < weights.size(); ++i) {
     const auto& w = weights[i];
     require(w.dtype() == mx::uint32 && (w.ndim() == 2 || w.ndim() == 3), "wanted uint32 codes");
+    auto rows = w.shape(), scale_rows = scales[i].shape();
+    rows.back() = 0;
+    if (!scale_rows.empty()) scale_rows.back() = 0;
+    require(rows == scale_rows && scales[i].shape() == biases[i].shape(), "scales or biases do not fit");
     Source s{ready(w), ready(mx::astype(scales[i], scale_dtype)), ready(mx::astype(biases[i], scale_dtype)), w.shape(-2),
              w.ndim() == 3 ? w.shape(0) : 1};
     const int k = static_cast<int>(int64_t(w.shape(-1)) * 32 / bits);
@@ -220,7 +224,14 @@ PackedMatrixPtr pack_float(const std::vector<mx::array>& weights, const std::vec
   std::vector<mx::array> dense;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     const auto dtype = mode == "nvfp4" ? mx::float32 : mx::bfloat16;
-    dense.push_back(mx::dequantize(weights[i], scales[i], std::nullopt, group_size, bits, mode, std::nullopt, dtype));
+    require(scales.size() == weights.size() && weights[i].ndim() >= 2, "parts do not match");
+    // MLX fails at an odd number of groups of nvfp4: give it the rows twice.
+    const bool odd = mode == "nvfp4" && scales[i].size() % 2 == 1;
+    const auto twice = [&](const mx::array& a) { return odd ? mx::concatenate({a, a}, -2) : a; };
+    const auto values = mx::dequantize(twice(weights[i]), twice(scales[i]), std::nullopt, group_size, bits, mode, std::nullopt, dtype);
+    auto stop = values.shape();
+    stop[stop.size() - 2] = weights[i].shape(-2);
+    dense.push_back(odd ? mx::slice(values, mx::Shape(values.ndim(), 0), stop) : values);
   }
   return pack_dense(dense);
 }

@@ -96,8 +96,13 @@ void run_rope(const mx::array& x, mx::array& out, const Rotation& r) {
 }  // namespace
 
 mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, float eps, bool plus_one) {
+  storage_of(x.dtype());
   std::vector<mx::array> inputs{x};
-  if (weight) inputs.push_back(*weight);
+  if (weight) {
+    if (x.ndim() == 0 || weight->shape() != mx::Shape{x.shape(-1)}) throw Error(Code::internal, "rms_norm", "the weight does not fit");
+    storage_of(weight->dtype());
+    inputs.push_back(*weight);
+  }
   return make_kernel("RmsNorm", x.shape(), x.dtype(), std::move(inputs),
                      [eps, plus_one](const auto& in, auto& out) { run_rms_norm(in, out[0], eps, plus_one); });
 }
@@ -108,6 +113,8 @@ std::vector<mx::array> add_rms_norm(const mx::array& x, const mx::array& y, cons
 }
 
 mx::array glu(const mx::array& gate_up, GluAct act) {
+  if (gate_up.ndim() == 0 || gate_up.shape(-1) % 2 != 0) throw Error(Code::internal, "glu", "wanted an even last axis");
+  storage_of(gate_up.dtype());
   auto shape = gate_up.shape();
   shape.back() /= 2;
   return make_kernel("Glu", shape, gate_up.dtype(), {gate_up}, [act](const auto& in, auto& out) {
@@ -123,6 +130,7 @@ mx::array glu(const mx::array& gate_up, GluAct act) {
 }
 
 mx::array activate(const mx::array& x, GluAct act) {
+  storage_of(x.dtype());
   return make_kernel("Activate", x.shape(), x.dtype(), {x}, [act](const auto& in, auto& out) {
     const Rows rows(in[0]);
     for_rows(rows.count(), rows.width() * 4, [&](int64_t row) {
@@ -136,13 +144,18 @@ mx::array activate(const mx::array& x, GluAct act) {
 
 mx::array rope_heads(const mx::array& x, const std::shared_ptr<const std::vector<float>>& frequencies, int offset, bool traditional,
                      float input_scale) {
+  if (x.ndim() != 4 || 2 * static_cast<int64_t>(frequencies->size()) > x.shape(3)) throw Error(Code::internal, "rope_heads", "does not fit");
+  storage_of(x.dtype());
   const Rotation rotation{frequencies, offset, traditional, input_scale};
   return make_kernel("RopeHeads", {x.shape(0), x.shape(2), x.shape(1), x.shape(3)}, x.dtype(), {x},
                      [rotation](const auto& in, auto& out) { run_rope(in[0], out[0], rotation); });
 }
 
 mx::array write_rows(const mx::array& buffer, const mx::array& x, int start) {
-  if (x.dtype() != buffer.dtype() || start < 0 || start + x.shape(2) > buffer.shape(2)) throw Error(Code::internal, "write_rows", "does not fit");
+  const bool axes = x.ndim() == 4 && buffer.ndim() == 4 && x.shape(0) == buffer.shape(0) && x.shape(1) == buffer.shape(1) && x.shape(3) == buffer.shape(3);
+  if (!axes || x.dtype() != buffer.dtype() || start < 0 || start + x.shape(2) > buffer.shape(2)) {
+    throw Error(Code::internal, "write_rows", "does not fit");
+  }
   return make_kernel(
       "WriteRows", buffer.shape(), buffer.dtype(), {buffer, x},
       [start](const auto& in, auto& out) {
