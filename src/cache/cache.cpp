@@ -265,6 +265,16 @@ int RotatingKvCache::trim(int n) {
   return n;
 }
 
+void RotatingKvCache::rewind(int n) {
+  if (n == 0 || trim(n) == n) return;
+  if (n < 0 || n >= index_ || index_ != keys_->shape(2)) throw Error(Code::internal, "cache", "got tokens of an earlier call to take back");
+  settle();
+  offset_ -= n;
+  index_ -= n;
+  keys_ = rows(*keys_, 0, index_);
+  values_ = rows(*values_, 0, index_);
+}
+
 std::vector<mx::array> RotatingKvCache::state() const { return both(keys_, values_, written_); }
 int64_t RotatingKvCache::bytes() const { return bytes_of(keys_) + bytes_of(values_); }
 

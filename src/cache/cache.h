@@ -24,6 +24,12 @@ class Cache {
   virtual bool trimmable() const = 0;
   /** Forgets the last n tokens; returns how many it forgot. */
   virtual int trim(int n) = 0;
+  /** Whether rewind() can take back any of `tokens` tokens that are about to be added; else a copy made before must take this cache's place. */
+  virtual bool can_rewind(int /*tokens*/, bool /*one_call*/) const { return trimmable(); }
+  /** Takes back the last n tokens, as can_rewind() promised; the first token of the latest call stays. */
+  virtual void rewind(int n) { trim(n); }
+  /** Whether `tokens` tokens in one call see what they see one by one. */
+  virtual bool one_call_agrees(int /*tokens*/) const { return true; }
   /** Arrays that must be evaluated to make the cache independent of the graph. */
   virtual std::vector<mx::array> state() const = 0;
   virtual int64_t bytes() const = 0;
@@ -99,6 +105,11 @@ class RotatingKvCache final : public AttentionCache {
   int offset() const override { return offset_; }
   bool trimmable() const override { return offset_ < max_size_; }
   int trim(int n) override;
+  /** A call of several tokens leaves the window before it in place: its tokens can go even when the cache is full. */
+  bool can_rewind(int tokens, bool one_call) const override { return offset_ + tokens < max_size_ || (one_call && tokens > 1); }
+  void rewind(int n) override;
+  /** A window over a call of several tokens does not spare the first `keep`. */
+  bool one_call_agrees(int tokens) const override { return tokens == 1 || keep_ == 0 || offset_ + tokens <= max_size_; }
   std::vector<mx::array> state() const override;
   int64_t bytes() const override;
   std::unique_ptr<Cache> copy() const override;

@@ -52,7 +52,6 @@ void refuse_unsupported(const Arguments& a) {
   const auto refuse = [](bool given, const char* option) {
     if (given) throw Error(Code::unsupported, option, "not supported yet");
   };
-  refuse(!a.adapter_path.empty(), "--adapter-path");
   refuse(!a.draft_model.empty(), "--draft-model");
   refuse(!a.prompt_cache_file.empty(), "--prompt-cache-file");
   refuse(a.kv_bits.has_value(), "--kv-bits");
@@ -330,7 +329,7 @@ int run(const Arguments& a) {
   const auto path = find_model(a.model);
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
-  auto session = open_session(path);
+  auto session = open_session(path, a.adapter_path);
   line.clear();
   for (const auto& token : a.extra_eos) session.tokenizer.add_eos_token(token);
   if (a.xtc_probability > 0.f) {
@@ -373,7 +372,7 @@ void add_options(CLI::App& c, Arguments& a) {
   c.add_option("--extra-eos-token", a.extra_eos, "Tokens, or their ids, that also end an answer");
   c.add_flag("--pipeline", a.pipeline, "Accepted for compatibility, without effect in one process");
   c.add_option("--threads", a.threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
-  c.add_option("--adapter-path", a.adapter_path, "Trained adapter (not supported yet)");
+  c.add_option("--adapter-path", a.adapter_path, "Folder of a trained adapter (LoRA, DoRA or full)");
   c.add_option("--prompt-cache-file", a.prompt_cache_file, "Saved cache to continue from (not supported yet)");
   c.add_option("--draft-model", a.draft_model, "Model for speculative decoding (not supported yet)");
   c.add_flag("--quantize-activations", a.quantize_activations, "Quantize activations, also -qa (not supported yet)");

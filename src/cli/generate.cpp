@@ -13,6 +13,7 @@
 #include "base/utf8.h"
 #include "cli/command.h"
 #include "gen/generate.h"
+#include "gen/speculative.h"
 
 namespace mlxlm::cli {
 
@@ -27,7 +28,7 @@ struct Arguments {
   std::optional<std::string> system_prompt, prefill_response;
   bool trust_remote_code = false, ignore_chat_template = false, default_chat_template = false, quantize_activations = false, json = false;
   int max_tokens = 100, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, kv_group_size = 64, quantized_kv_start = 5000,
-      num_draft_tokens = 3, threads = 0;
+      num_draft_tokens = 3, ngram_draft_tokens = 0, threads = 0;
   float temp = 0.f, top_p = 1.f, min_p = 0.f, xtc_probability = 0.f, xtc_threshold = 0.1f;
   std::optional<int> max_kv_size, kv_bits;
   std::optional<int64_t> seed;
@@ -37,7 +38,6 @@ void refuse_unsupported(const Arguments& a) {
   const auto refuse = [](bool given, const char* option, const char* why = "not supported yet") {
     if (given) throw Error(Code::unsupported, option, why);
   };
-  refuse(!a.draft_model.empty(), "--draft-model");
   refuse(!a.prompt_cache_file.empty(), "--prompt-cache-file");
   refuse(a.kv_bits.has_value(), "--kv-bits");
   refuse(a.quantize_activations, "--quantize-activations");
@@ -120,6 +120,8 @@ gen::Options to_options(const Arguments& a) {
   options.max_kv_size_tokens = a.max_kv_size.value_or(0);
   options.prefill_step_tokens = a.prefill_step_size;
   options.stop = a.stop;
+  options.draft_tokens = a.num_draft_tokens;
+  options.ngram_draft_tokens = a.ngram_draft_tokens;
   options.cancel = &InterruptGuard::flag();
   return options;
 }
@@ -140,6 +142,8 @@ void print_json(const std::string& text, const std::vector<int>& tokens, const g
                     {"prompt_tps", last.prompt_tokens_per_s},
                     {"generation_tokens", last.generation_tokens},
                     {"generation_tps", last.generation_tokens_per_s},
+                    {"drafted_tokens", last.drafted_tokens},
+                    {"accepted_tokens", last.accepted_tokens},
                     {"peak_memory_gb", last.peak_memory_gb}};
   fmt::print("{}\n", to_text(result));
 }
@@ -152,6 +156,10 @@ void print_statistics(bool any_text, const gen::Response& last) {
   }
   fmt::print("Prompt: {} tokens, {:.3f} tokens-per-sec\n", last.prompt_tokens, last.prompt_tokens_per_s);
   fmt::print("Generation: {} tokens, {:.3f} tokens-per-sec\n", last.generation_tokens, last.generation_tokens_per_s);
+  if (last.drafted_tokens > 0) {
+    fmt::print("Drafts: {} tokens, {} accepted ({:.1f} %)\n", last.drafted_tokens, last.accepted_tokens,
+               100.0 * last.accepted_tokens / last.drafted_tokens);
+  }
   fmt::print("Peak memory: {:.3f} GB\n", last.peak_memory_gb);
 }
 
@@ -168,6 +176,12 @@ int run(const Arguments& a) {
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
   auto session = open_session(path, a.adapter_path);
+  std::optional<Session> draft;
+  if (!a.draft_model.empty()) {
+    draft.emplace(open_session(find_model(a.draft_model)));
+    gen::check_same_vocabulary(session.tokenizer, draft->tokenizer);
+    options.draft_model = draft->loaded.model.get();
+  }
   line.clear();
   for (const auto& token : a.extra_eos) session.tokenizer.add_eos_token(token);
   const auto prompt = prompt_tokens(a, session.tokenizer, text, variables);
@@ -231,8 +245,11 @@ void add_cache(CLI::App& c, Arguments& a) {
   c.add_option("--kv-bits", a.kv_bits, "Bits of a quantized cache (not supported yet)");
   c.add_option("--kv-group-size", a.kv_group_size, "Group size of a quantized cache")->capture_default_str();
   c.add_option("--quantized-kv-start", a.quantized_kv_start, "Tokens before the cache is quantized")->capture_default_str();
-  c.add_option("--draft-model", a.draft_model, "Model for speculative decoding (not supported yet)");
-  c.add_option("--num-draft-tokens", a.num_draft_tokens, "Tokens to draft")->capture_default_str();
+  c.add_option("--draft-model", a.draft_model, "Smaller model with the same tokens that guesses ahead; the answer stays the model's own");
+  c.add_option("--num-draft-tokens", a.num_draft_tokens, "Tokens that the draft model guesses at a time")->capture_default_str();
+  c.add_option("--ngram-draft-tokens", a.ngram_draft_tokens,
+               "Guess ahead out of the text so far, at most so many tokens at a time; for texts that repeat themselves; 0 = off")
+      ->capture_default_str();
   c.add_option("--threads", a.threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
 }
 

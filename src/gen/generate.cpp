@@ -13,6 +13,7 @@
 
 #include "base/error.h"
 #include "gen/memory.h"
+#include "gen/speculative.h"
 #include "text/stop_matcher.h"
 
 namespace mlxlm::gen {
@@ -29,24 +30,19 @@ bool on_gpu() {
   return mx::default_device() == mx::Device::gpu;
 }
 
-void evaluate_state(const cache::Caches& caches) {
-  std::vector<mx::array> arrays;
-  for (const auto& c : caches) {
-    if (!c) continue;
-    auto state = c->state();
-    arrays.insert(arrays.end(), state.begin(), state.end());
-  }
-  mx::eval(arrays);
-}
+/** What is to be told about a token. */
+struct Told {
+  std::optional<mx::array> logprob{}, logprobs{};
+};
 
-/** A token that was sampled on the device, and what is to be told about it. */
+/** A token that was sampled on the device. */
 struct Sampled {
   mx::array token;  // int32 [1]
-  std::optional<mx::array> logprob{}, logprobs{};
+  Told told{};
   std::vector<mx::array> arrays() const {
     std::vector<mx::array> all{token};
-    if (logprob) all.push_back(*logprob);
-    if (logprobs) all.push_back(*logprobs);
+    if (told.logprob) all.push_back(*told.logprob);
+    if (told.logprobs) all.push_back(*told.logprobs);
     return all;
   }
 };
@@ -67,17 +63,32 @@ class Generation {
         detokenizer_(tokenizer.make_detokenizer()) {
     validate();
     if (caches_.empty()) caches_ = cache::make_caches(model.description(), options.max_kv_size_tokens);
+    const int vocab = model.description().vocab;
+    if (options.draft_model != nullptr) {
+      drafter_ = std::make_unique<ModelDrafter>(*options.draft_model, vocab, options.max_kv_size_tokens, options.prefill_step_tokens, sampler_,
+                                                options.processors);
+    } else if (options.ngram_draft_tokens > 0) {
+      drafter_ = std::make_unique<NgramDrafter>();
+    }
   }
 
   Response run(const std::function<bool(const Response&)>& on_response);
 
  private:
   void validate() const;
+  void validate_drafts() const;
   std::optional<Sampled> prefill();
   Sampled step(const mx::array& tokens);
+  void decode(Sampled current);
+  void decode_speculatively(const Sampled& first);
+  bool draft_and_check(Trail& trail, int last_token);
+  mx::array normalized(const mx::array& logits) const;
+  Told told(const mx::array& logprobs, const mx::array& token) const;
   void check_growth(int processed) const;
-  Response response(const Sampled& sampled, int token) const;
+  bool deliver(int token, const Told& told, bool from_draft);
+  Response response(int token, const Told& told) const;
   Response finish(Response last, Finish reason);
+  bool keeps_history() const { return options_.processors.any() || drafter_; }
   bool cancelled() const { return options_.cancel && options_.cancel->load(std::memory_order_relaxed); }
   bool is_last(int count) const { return options_.max_tokens >= 0 && count >= options_.max_tokens; }
 
@@ -91,8 +102,13 @@ class Generation {
   sample::Sampler sampler_;
   text::StopMatcher stops_;
   std::unique_ptr<text::Detokenizer> detokenizer_;
-  std::vector<int> history_;  // prompt and generated tokens, only for processors
+  std::unique_ptr<Drafter> drafter_;  // null = plain decoding
+  const std::function<bool(const Response&)>* on_response_ = nullptr;
+  Response last_;             // what was delivered last
+  bool last_is_held_ = false; // speculation: the last token is in the caches
+  std::vector<int> history_;  // prompt and generated tokens, only for processors and drafts
   int count_ = 0;             // generated tokens
+  int drafted_ = 0, accepted_ = 0;
   double prompt_s_ = 0;
   Clock::time_point decode_start_{};
 };
@@ -116,10 +132,27 @@ void Generation::validate() const {
   }
   sample::check(options_.sampler, vocab);
   sample::check(options_.processors, vocab);
+  validate_drafts();
   // The dtype of the cache is not known yet: 2 bytes a number is the least it can be. check_growth() knows better after a chunk.
   if (!on_gpu()) {
     const auto tokens = static_cast<int64_t>(prompt_.size());
-    check_available(cache_bytes(model_.description(), tokens, options_.max_kv_size_tokens, 2), tokens);
+    int64_t needed = cache_bytes(model_.description(), tokens, options_.max_kv_size_tokens, 2);
+    if (options_.draft_model != nullptr) needed += cache_bytes(options_.draft_model->description(), tokens, options_.max_kv_size_tokens, 2);
+    check_available(needed, tokens);
+  }
+}
+
+void Generation::validate_drafts() const {
+  constexpr int most = 256;
+  const int tokens = options_.draft_tokens, ngram_tokens = options_.ngram_draft_tokens;
+  if (options_.draft_model != nullptr && (tokens < 1 || tokens > most)) {
+    throw Error(Code::bad_request, "num_draft_tokens", fmt::format("got {}, wanted 1 to {}", tokens, most));
+  }
+  if (ngram_tokens < 0 || ngram_tokens > most) {
+    throw Error(Code::bad_request, "ngram_draft_tokens", fmt::format("got {}, wanted 0 (off) to {}", ngram_tokens, most));
+  }
+  if (options_.draft_model != nullptr && ngram_tokens > 0) {
+    throw Error(Code::bad_request, "ngram_draft_tokens", "got both it and a draft model, wanted one of them");
   }
 }
 
@@ -136,20 +169,29 @@ void Generation::check_growth(int processed) const {
   check_available(static_cast<int64_t>(bytes_per_value * static_cast<double>(planned_all - planned_now)), total);
 }
 
+/** Log-probabilities, unless only the maximum matters: normalizing does not move it. */
+mx::array Generation::normalized(const mx::array& logits) const {
+  if (sampler_.greedy() && !options_.want_logprob && !options_.want_logprobs) return logits;
+  return logits - mx::logsumexp(logits, -1, true);
+}
+
+/** logprobs [1, V], token [1]. */
+Told Generation::told(const mx::array& logprobs, const mx::array& token) const {
+  Told told;
+  if (options_.want_logprob || options_.want_logprobs) {
+    const auto chosen = mx::take_along_axis(logprobs, mx::expand_dims(token, 1), -1);
+    told.logprob = mx::astype(mx::reshape(chosen, {}), mx::float32);
+  }
+  if (options_.want_logprobs) told.logprobs = mx::contiguous(mx::astype(mx::reshape(logprobs, {-1}), mx::float32));
+  return told;
+}
+
 Sampled Generation::step(const mx::array& tokens) {
   auto logits = model_.run(tokens, {{tokens.shape(0), 1, &caches_}});
   if (options_.processors.any()) logits = sample::process(logits, history_, options_.processors);
-  const bool greedy = options_.sampler.temperature == 0.f;
-  // Normalizing does not move the maximum, so plain greedy decoding skips it.
-  if (greedy && !options_.want_logprob && !options_.want_logprobs) return {sampler_(logits)};
-  const auto logprobs = logits - mx::logsumexp(logits, -1, true);
-  Sampled sampled{sampler_(logprobs)};
-  if (options_.want_logprob || options_.want_logprobs) {
-    const auto chosen = mx::take_along_axis(logprobs, mx::expand_dims(sampled.token, 1), -1);
-    sampled.logprob = mx::astype(mx::reshape(chosen, {}), mx::float32);
-  }
-  if (options_.want_logprobs) sampled.logprobs = mx::contiguous(mx::astype(mx::reshape(logprobs, {-1}), mx::float32));
-  return sampled;
+  const auto logprobs = normalized(logits);
+  const auto token = sampler_(logprobs);
+  return {token, told(logprobs, token)};
 }
 
 /** Runs the prompt and samples the first token; nothing when it was cancelled. */
@@ -166,10 +208,11 @@ std::optional<Sampled> Generation::prefill() {
     const mx::array chunk(prompt_.data() + processed, {count}, mx::int32);
     processed += count;
     if (processed == total) {
-      if (options_.processors.any()) history_ = prompt_;
+      if (keeps_history()) history_ = prompt_;
       Sampled first = step(chunk);
       mx::eval(first.arrays());
       mx::clear_cache();
+      if (drafter_) drafter_->read(prompt_, [this] { return cancelled(); });
       report(total);
       return first;
     }
@@ -181,12 +224,12 @@ std::optional<Sampled> Generation::prefill() {
   }
 }
 
-Response Generation::response(const Sampled& sampled, int token) const {
+Response Generation::response(int token, const Told& told) const {
   Response r;
   r.token = token;
-  if (sampled.logprob) r.logprob = mx::array(*sampled.logprob).item<float>();
-  if (sampled.logprobs) {
-    mx::array all = *sampled.logprobs;
+  if (told.logprob) r.logprob = mx::array(*told.logprob).item<float>();
+  if (told.logprobs) {
+    mx::array all = *told.logprobs;
     mx::eval(all);
     r.logprobs.assign(all.data<float>(), all.data<float>() + all.size());
   }
@@ -194,6 +237,8 @@ Response Generation::response(const Sampled& sampled, int token) const {
   r.prompt_tokens_per_s = r.prompt_tokens / prompt_s_;
   r.generation_tokens = count_;
   r.generation_tokens_per_s = count_ / seconds_since(decode_start_);
+  r.drafted_tokens = drafted_;
+  r.accepted_tokens = accepted_;
   r.peak_memory_gb = peak_memory_gb();
   return r;
 }
@@ -207,49 +252,113 @@ Response Generation::finish(Response last, Finish reason) {
   return last;
 }
 
+/** Hands the next token over; false when it was the last one. */
+bool Generation::deliver(int token, const Told& told, bool from_draft) {
+  ++count_;
+  if (from_draft) ++accepted_;
+  const bool last = is_last(count_);
+  const bool at_end = !options_.ignore_eos && tokenizer_.eos_token_ids().contains(token);
+  Response r = response(token, told);
+  r.from_draft = from_draft;
+  if (!at_end) {
+    detokenizer_->add_token(token);
+    r.text = stops_.feed(detokenizer_->take_segment());
+  }
+  const bool over = at_end || last || stops_.stopped() || cancelled();
+  if (over) {
+    r = finish(std::move(r), at_end ? Finish::stop : cancelled() && !last ? Finish::cancelled : Finish::length);
+  }
+  last_ = std::move(r);
+  if (!(*on_response_)(last_) && !over) last_.finish = Finish::cancelled;
+  if (count_ % 256 == 0) mx::clear_cache();
+  return last_.finish == Finish::none;
+}
+
 Response Generation::run(const std::function<bool(const Response&)>& on_response) {
+  on_response_ = &on_response;
   const auto start = Clock::now();
-  auto current = prefill();
+  auto first = prefill();
   prompt_s_ = seconds_since(start);
   decode_start_ = Clock::now();
-  if (!current) {
-    Response none;
-    none.prompt_tokens = static_cast<int>(prompt_.size());
-    none.peak_memory_gb = peak_memory_gb();
-    none.finish = Finish::cancelled;
-    on_response(none);
-    return none;
+  if (!first) {
+    last_.prompt_tokens = static_cast<int>(prompt_.size());
+    last_.peak_memory_gb = peak_memory_gb();
+    last_.finish = Finish::cancelled;
+    on_response(last_);
+  } else if (drafter_) {
+    decode_speculatively(*first);
+  } else {
+    decode(std::move(*first));
   }
+  return std::move(last_);
+}
+
+/** The next token is computed while the last one is handed over. */
+void Generation::decode(Sampled current) {
   while (true) {
-    ++count_;
-    const bool last = is_last(count_);
     std::optional<Sampled> next;
     // Processors need the token itself before the next step can be described.
-    if (options_.processors.any()) history_.push_back(current->token.item<int>());
-    if (!last || keeps_caches_) {
-      next = step(current->token);
+    if (options_.processors.any()) history_.push_back(current.token.item<int>());
+    if (!is_last(count_ + 1) || keeps_caches_) {
+      next = step(current.token);
       mx::async_eval(next->arrays());
     }
-    const int token = current->token.item<int>();
-    const bool at_end = !options_.ignore_eos && tokenizer_.eos_token_ids().contains(token);
-    Response r = response(*current, token);
-    if (!at_end) {
-      detokenizer_->add_token(token);
-      r.text = stops_.feed(detokenizer_->take_segment());
-    }
-    const bool over = at_end || last || stops_.stopped() || cancelled();
-    if (over) {
-      r = finish(std::move(r), at_end ? Finish::stop : cancelled() && !last ? Finish::cancelled : Finish::length);
-    }
-    const bool wanted = on_response(r);
-    if (over || !wanted) {
+    const int token = current.token.item<int>();
+    if (!deliver(token, current.told, false)) {
       if (next) mx::eval(next->arrays());  // no work may outlive the caches it writes to
-      if (!over) r.finish = Finish::cancelled;
-      return r;
+      return;
     }
-    if (count_ % 256 == 0) mx::clear_cache();
-    current = std::move(next);
+    current = std::move(*next);
   }
+}
+
+void Generation::decode_speculatively(const Sampled& first) {
+  Trail trail(model_, caches_);
+  const int token = mx::array(first.token).item<int>();
+  history_.push_back(token);
+  bool more = deliver(token, first.told, false);
+  while (more) more = draft_and_check(trail, history_.back());
+  if (!keeps_caches_) return;
+  if (!last_is_held_) mx::eval(trail.run({history_.back()}, 0));
+  trail.settle();
+  evaluate_state(caches_);
+}
+
+/** One call of the model over the last token and a draft of what follows. False when a token that came out of it was the last one. */
+bool Generation::draft_and_check(Trail& trail, int last_token) {
+  int most = options_.draft_model != nullptr ? options_.draft_tokens : options_.ngram_draft_tokens;
+  if (options_.max_tokens >= 0) most = std::min(most, options_.max_tokens - count_ - 1);
+  while (most > 0 && !trail.one_call_agrees(most + 1)) --most;
+  const auto draft = most > 0 ? drafter_->propose(history_, most) : Draft{};
+  const int drafted = static_cast<int>(draft.tokens.size());
+  std::vector<int> tokens{last_token};
+  tokens.insert(tokens.end(), draft.tokens.begin(), draft.tokens.end());
+  trail.mark(drafted + 1, true);
+  auto logits = trail.run(tokens, drafted + 1);
+  const auto row = [](const mx::array& a, int i) { return mx::slice(a, {i, 0}, {i + 1, a.shape(1)}); };
+  if (options_.processors.any()) {
+    std::vector<mx::array> rows;
+    auto before = history_;
+    for (int i = 0; i <= drafted; ++i) {
+      if (i > 0) before.push_back(draft.tokens[i - 1]);
+      rows.push_back(sample::process(row(logits, i), before, options_.processors));
+    }
+    logits = mx::concatenate(rows, 0);
+  }
+  const auto logprobs = normalized(logits);
+  const auto verdict = sampler_.judge(logprobs, draft.tokens, draft.probabilities);
+  drafted_ += drafted;
+  int kept = 1;  // of `tokens`
+  bool more = true;
+  for (int i = 0; i <= verdict.accepted && more; ++i) {
+    last_is_held_ = i < verdict.accepted;
+    const int token = last_is_held_ ? draft.tokens[i] : verdict.token;
+    if (last_is_held_) ++kept;
+    history_.push_back(token);
+    more = deliver(token, told(row(logprobs, i), mx::array({token}, {1}, mx::int32)), last_is_held_);
+  }
+  trail.back_to(kept);
+  return more;
 }
 
 }  // namespace

@@ -101,9 +101,9 @@ class MlaBlock final : public Mixer {
     auto latent = mx::expand_dims((*kv_norm_)(columns(compressed, 0, op_.kv_lora)), 1);
     auto key = rotation_(mx::expand_dims(columns(compressed, op_.kv_lora, op_.kv_lora + op_.rope_dim), 2), offset);
     if (held != nullptr) std::tie(latent, key) = held->update(latent, key);
-    auto scores = mx::matmul(mx::multiply(q_rope, number(op_.scale, q)), mx::swapaxes(key, -1, -2));
-    if (length > 1) scores = mx::where(causal(length, latent.shape(2)), scores, number(lowest(q.dtype()), q));
-    return merge(length == 1 ? decode(q_nope, latent, scores) : prefill(q_nope, latent, scores));
+    if (length <= nn::stepwise_tokens) return merge(token_by_token(q_nope, q_rope, latent, key));
+    const auto scores = mx::where(causal(length, latent.shape(2)), position_scores(q_rope, key), number(lowest(q.dtype()), q));
+    return merge(attend(q_nope, (*embed_q_)(latent, false), (*unembed_out_)(latent, true), scores));
   }
 
  private:
@@ -117,11 +117,21 @@ class MlaBlock final : public Mixer {
     const auto logits = mx::add(mx::matmul(mx::multiply(q, number(op_.scale, q)), mx::swapaxes(k, -1, -2)), scores);
     return mx::matmul(mx::softmax(logits, -1, true), v);
   }
-  mx::array decode(const mx::array& q, const mx::array& latent, const mx::array& scores) const {
-    return (*unembed_out_)(attend((*embed_q_)(q, true), latent, latent, scores), true);
+  mx::array position_scores(const mx::array& q, const mx::array& key) const {
+    return mx::matmul(mx::multiply(q, number(op_.scale, q)), mx::swapaxes(key, -1, -2));
   }
-  mx::array prefill(const mx::array& q, const mx::array& latent, const mx::array& scores) const {
-    return attend(q, (*embed_q_)(latent, false), (*unembed_out_)(latent, true), scores);
+  /** In the latent space, each token by itself: the same bits whatever comes with it. */
+  mx::array token_by_token(const mx::array& q_nope, const mx::array& q_rope, const mx::array& latent, const mx::array& key) const {
+    const int length = q_nope.shape(2), keys = latent.shape(2);
+    const auto rows = [](const mx::array& a, int from, int to) { return mx::slice(a, {0, 0, from, 0}, {a.shape(0), a.shape(1), to, a.shape(3)}); };
+    std::vector<mx::array> parts;
+    for (int l = 0; l < length; ++l) {
+      const int visible = keys - length + l + 1;
+      const auto seen = rows(latent, 0, visible);
+      const auto scores = position_scores(rows(q_rope, l, l + 1), rows(key, 0, visible));
+      parts.push_back((*unembed_out_)(attend((*embed_q_)(rows(q_nope, l, l + 1), true), seen, seen, scores), true));
+    }
+    return length == 1 ? parts[0] : mx::concatenate(parts, 2);
   }
   mx::array merge(const mx::array& heads) const {
     return mx::reshape(mx::transpose(heads, {0, 2, 1, 3}), {heads.shape(0), heads.shape(2), op_.heads * op_.v_dim});

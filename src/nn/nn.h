@@ -95,6 +95,9 @@ std::vector<mx::array> route(const mx::array& logits, const arch::Moe& spec, con
 std::vector<mx::array> short_conv(const mx::array& x, const std::optional<mx::array>& tail, const mx::array& weight,
                                   const std::optional<mx::array>& bias);
 
+/** Calls of up to so many tokens give each token what it gets alone, bit for bit, also where longer ones take a faster form. */
+constexpr int stepwise_tokens = 16;
+
 /** Mamba-2 scan. x [B,L,H,P], A_log [H], B, C [B,L,G,N], D [H], dt [B,L,H], dt_bias [H], state [B,H,P,N] or none -> {y [B,L,H,P], new state}.
  *  Reference: mlx_lm/models/ssm.py */
 std::vector<mx::array> ssm_scan(const mx::array& x, const mx::array& a_log, const mx::array& b, const mx::array& c, const mx::array& d,

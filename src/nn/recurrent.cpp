@@ -67,8 +67,8 @@ std::vector<mx::array> short_conv(const mx::array& x, const std::optional<mx::ar
 std::vector<mx::array> ssm_scan(const mx::array& x, const mx::array& a_log, const mx::array& b, const mx::array& c, const mx::array& d,
                                 const mx::array& dt, const mx::array& dt_bias, const std::optional<mx::array>& state, float dt_min,
                                 float dt_max) {
-  constexpr int chunk_tokens = 256;
   const int batch = x.shape(0), length = x.shape(1), heads = x.shape(2);
+  const int chunk_tokens = length <= stepwise_tokens ? 1 : 256;
   auto step = softplus(mx::add(dt, dt_bias));
   step = mx::clip(step, mx::array(dt_min, step.dtype()), mx::array(dt_max, step.dtype()));
   const auto a = mx::astype(mx::negative(mx::exp(a_log)), step.dtype());

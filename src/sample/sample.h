@@ -28,6 +28,11 @@ struct SamplerOptions {
 /** Throws Error(bad_request) naming the option, its value and its range. vocab 0 = not known yet. */
 void check(const SamplerOptions& options, int vocab = 0);
 
+/** What a model makes of a draft: the first `accepted` tokens of the draft stand, `token` comes after them. */
+struct Verdict {
+  int accepted = 0, token = 0;
+};
+
 /** A sampler with a random state of its own. Thread: the one that owns MLX. */
 class Sampler {
  public:
@@ -36,7 +41,19 @@ class Sampler {
    */
   mx::array operator()(const mx::array& logprobs);
 
+  /** logprobs [B, V] -> float32 [B, V], what operator() draws from: filtered, at the temperature, each row a sum of 1. */
+  mx::array probabilities(const mx::array& logprobs);
+  /** One draw a row, int32 [B], from weights [B, V] of any sum above 0. */
+  mx::array draw(const mx::array& weights);
+  /** Judges `draft`, k tokens, by the model's logprobs [k+1, V] after each of its prefixes, so that what comes out has the distribution of
+   *  operator(). draft_probabilities [k, V]: what each was drawn from (as probabilities() gives it); none = they were not drawn at all.
+   *  Reference: Leviathan, Kalman, Matias 2023, "Fast inference from transformers via speculative decoding" (mlx_lm demands equality). */
+  Verdict judge(const mx::array& logprobs, const std::vector<int>& draft, const std::optional<mx::array>& draft_probabilities = std::nullopt);
+  bool greedy() const { return options_.temperature == 0.f; }
+
  private:
+  mx::array next_key();
+  mx::array filtered(const mx::array& logprobs);
   SamplerOptions options_;
   mx::array key_;
 };

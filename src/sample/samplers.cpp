@@ -116,25 +116,31 @@ Sampler::Sampler(SamplerOptions options) : options_(std::move(options)), key_(in
   check(options_);
 }
 
-mx::array Sampler::operator()(const mx::array& logprobs) {
-  if (options_.temperature == 0.f) return mx::astype(mx::argmax(logprobs, -1), mx::int32);
-  // The order of splits is that of the reference's global state, so that a seed draws the same numbers.
-  const auto next_key = [this] {
-    auto [state, key] = mx::random::split(key_);
-    key_ = state;
-    return key;
-  };
+/** The order of splits is that of the reference's global state, so that a seed draws the same numbers. */
+mx::array Sampler::next_key() {
+  auto [state, key] = mx::random::split(key_);
+  key_ = state;
+  return key;
+}
+
+/** Scores [B, V] at the temperature, -inf where a filter took the token. */
+mx::array Sampler::filtered(const mx::array& logprobs) {
   mx::array x = logprobs;
   if (options_.top_p > 0.f && options_.top_p < 1.f) x = apply_top_p(x, options_.top_p);
   if (options_.min_p != 0.f) x = apply_min_p(x, options_.min_p, options_.min_tokens_to_keep);
   if (options_.xtc_probability > 0.f) {
-    const auto draw = mx::random::uniform(mx::array(0.f), mx::array(1.f), {}, mx::float32, next_key());
-    const auto filtered = apply_xtc(x, options_.xtc_threshold, options_.xtc_special_tokens);
-    x = mx::where(mx::greater(draw, mx::array(options_.xtc_probability)), x, filtered);
+    const auto draws = mx::random::uniform(mx::array(0.f), mx::array(1.f), {x.shape(0), 1}, mx::float32, next_key());
+    const auto without = apply_xtc(x, options_.xtc_threshold, options_.xtc_special_tokens);
+    x = mx::where(mx::greater(draws, mx::array(options_.xtc_probability)), x, without);
   }
   if (options_.top_k > 0) x = apply_top_k(x, options_.top_k);
-  x = x * mx::array(static_cast<float>(1.0 / static_cast<double>(options_.temperature)), x.dtype());
-  return mx::astype(mx::random::categorical(x, -1, next_key()), mx::int32);
+  return x * mx::array(static_cast<float>(1.0 / static_cast<double>(options_.temperature)), x.dtype());
+}
+
+mx::array Sampler::operator()(const mx::array& logprobs) {
+  if (greedy()) return mx::astype(mx::argmax(logprobs, -1), mx::int32);
+  const auto scores = filtered(logprobs);
+  return mx::astype(mx::random::categorical(scores, -1, next_key()), mx::int32);
 }
 
 }  // namespace mlxlm::sample

@@ -248,7 +248,7 @@ def test_template_refuses_a_loaded_conversation(tmp_path):
 @pytest.mark.parametrize(
     "flags,says",
     [
-        (["--adapter-path", "x"], "--adapter-path: not supported yet"),
+        (["--adapter-path", "x"], "x: no such adapter folder"),
         (["--draft-model", "x"], "--draft-model: not supported yet"),
         (["--prompt-cache-file", "x"], "--prompt-cache-file: not supported yet"),
         (["--kv-bits", "4"], "--kv-bits: not supported yet"),

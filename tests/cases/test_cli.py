@@ -222,7 +222,6 @@ def test_unknown_flag(model):
         (["--seed", "-1"], "seed"),
         (["--image", "x.png"], "--image"),
         (["--adapter-path", "x"], "x: no such adapter folder"),
-        (["--draft-model", "x"], "--draft-model"),
         (["--prompt-cache-file", "x"], "--prompt-cache-file"),
         (["--kv-bits", "4"], "--kv-bits"),
         (["-qa"], "--quantize-activations"),

@@ -1,61 +1,23 @@
 // The generation loop over a scripted model: what is delivered, when it ends, what is refused.
 #include <cmath>
 #include <cstdlib>
-#include <filesystem>
-#include <fstream>
 
 #include <gtest/gtest.h>
 #include <mlx/ops.h>
-#include <unistd.h>
 
 #include "base/error.h"
-#include "base/utf8.h"
 #include "gen/generate.h"
+#include "unit/byte_tokenizer.h"
 
 namespace {
 
 using namespace mlxlm;
 using gen::Finish;
 namespace mx = mlx::core;
-constexpr int kVocab = 260, kEos = 257;
-
-/** GPT-2's printable stand-in of each byte is one token; 257 ends the text. */
-text::Tokenizer byte_tokenizer() {
-  json vocab = json::object();
-  char32_t extra = 256;
-  for (int b = 0; b < 256; ++b) {
-    const bool kept = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
-    std::string name;
-    append_utf8(name, kept ? static_cast<char32_t>(b) : extra++);
-    vocab[name] = b;
-  }
-  const json level{{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", false}};
-  const json added{{{"id", kEos},
-                    {"content", "<end>"},
-                    {"special", true},
-                    {"normalized", false},
-                    {"lstrip", false},
-                    {"rstrip", false},
-                    {"single_word", false}}};
-  vocab["Ġunused"] = 256;
-  const json tokenizer{{"version", "1.0"},
-                       {"added_tokens", added},
-                       {"normalizer", nullptr},
-                       {"pre_tokenizer", level},
-                       {"post_processor", nullptr},
-                       {"decoder", level},
-                       {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", json::array()}}}};
-  const auto folder = std::filesystem::temp_directory_path() / ("mlxlm-gen-" + std::to_string(::getpid()));
-  std::filesystem::create_directories(folder);
-  std::ofstream(folder / "tokenizer.json") << tokenizer.dump();
-  std::ofstream(folder / "tokenizer_config.json") << R"({"eos_token": "<end>"})";
-  auto loaded = text::Tokenizer::from_folder(folder, {{"eos_token_id", kEos}});
-  std::filesystem::remove_all(folder);
-  return loaded;
-}
+constexpr int kVocab = 260, kEos = tests::byte_eos;
 
 const text::Tokenizer& tokenizer() {
-  static const text::Tokenizer shared = byte_tokenizer();
+  static const text::Tokenizer shared = tests::byte_tokenizer();
   return shared;
 }
 
