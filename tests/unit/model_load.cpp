@@ -98,7 +98,7 @@ TEST_F(ModelLoad, AFolderRuns) {
   EXPECT_EQ(loaded.path, folder_);
   EXPECT_TRUE(loaded.gguf_metadata.is_null());
   EXPECT_EQ(logits_of(*loaded.model), std::vector<float>(128, 0.f));
-  EXPECT_EQ(load(folder_, Executor::graph).model->executor(), std::string("graph"));
+  EXPECT_EQ(load(folder_, {.executor = Executor::graph, .adapter = {}}).model->executor(), std::string("graph"));
 }
 
 TEST_F(ModelLoad, GenerationConfig) {
