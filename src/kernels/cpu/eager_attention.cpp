@@ -99,7 +99,8 @@ class Tile {
 
  private:
   /** Rows [at, at + count) of a head as floats, padded with zeros to whole vectors and to 16 rows. */
-  const float* load_rows(FloatBuffer& buffer, const void* base, int dims, int width, int at, int count) const {
+  const float* load_rows(FloatBuffer& buffer, const void* base, const QuantizedSpan* quantized, int dims, int width, int at, int count) const {
+    if (quantized != nullptr) return load_quantized(buffer, *quantized, width, at, count);
     const int64_t item = shape_.storage == Storage::f32 ? 4 : 2;
     const auto* from = static_cast<const uint8_t*>(base) + (int64_t(kv_head_) * s_.capacity + at) * dims * item;
     float* to = buffer.get(int64_t(attention_block) * width);
@@ -116,6 +117,18 @@ class Tile {
     return to;
   }
 
+  /** Quantized dims are multiples of 32. */
+  const float* load_quantized(FloatBuffer& buffer, QuantizedSpan span, int width, int at, int count) const {
+    float* to = buffer.get(int64_t(attention_block) * width);
+    const int64_t row = int64_t(kv_head_) * s_.capacity + at, item = span.storage == Storage::f32 ? 4 : 2;
+    span.packed += row * span.packed_stride;
+    span.scales = static_cast<const uint8_t*>(span.scales) + row * span.scale_stride * item;
+    span.biases = static_cast<const uint8_t*>(span.biases) + row * span.scale_stride * item;
+    isa().dequantize(span, count, to, width);
+    std::fill(to + int64_t(count) * width, to + int64_t((count + 15) / 16 * 16) * width, 0.f);
+    return to;
+  }
+
   void run_block(Workspace& w, int at, int count) const {
     int first[tile_rows], last[tile_rows];
     for (int r = 0; r < rows_; ++r) {
@@ -125,8 +138,8 @@ class Tile {
     w.block.reset(rows_, value_dims_);
     BlockAttention b{};
     b.q = w.q.get(0);
-    b.k = load_rows(w.k, s_.keys, shape_.key_dims, key_dims_, at, count);
-    b.v = load_rows(w.v, s_.values, shape_.value_dims, value_dims_, at, count);
+    b.k = load_rows(w.k, s_.keys, s_.quantized_keys, shape_.key_dims, key_dims_, at, count);
+    b.v = load_rows(w.v, s_.values, s_.quantized_values, shape_.value_dims, value_dims_, at, count);
     b.rows = rows_;
     b.keys = count;
     b.key_dims = key_dims_;
