@@ -68,7 +68,13 @@ std::pair<mx::array, mx::array> KvCache::update(const mx::array& k, const mx::ar
   return {rows(*keys_, 0, end), rows(*values_, 0, end)};
 }
 
+/** The stream runs in order, so it is enough that earlier writes are on their way: waiting would end the look-ahead of decoding. */
+void AttentionCache::schedule_writes() const {
+  if (written_ && written_->status() == mx::array::Status::unscheduled) mx::async_eval(*written_);
+}
+
 WritePlan KvCache::plan_write(int tokens, const KvShape& shape) {
+  schedule_writes();
   settle_in_memory(keys_, shape.dtype);
   settle_in_memory(values_, shape.dtype);
   const int end = offset_ + tokens, held = keys_ ? keys_->shape(2) : 0;
@@ -133,6 +139,7 @@ RotatingKvCache::RotatingKvCache(int max_size_tokens, int keep_tokens) { ring_ =
 
 /** As the two branches of update(), in rows instead of arrays. */
 WritePlan RotatingKvCache::plan_write(int tokens, const KvShape& shape) {
+  schedule_writes();
   settle_in_memory(keys_, shape.dtype);
   settle_in_memory(values_, shape.dtype);
   auto plan = tokens > 1 ? plan_write_many(tokens, shape) : plan_write_one(shape);

@@ -87,6 +87,8 @@ class AttentionCache : public Cache {
  protected:
   /** Waits for writes that no array of the graph stands for. */
   void settle() const;
+  /** Sees to it that they come before what is scheduled next. */
+  void schedule_writes() const;
   mutable std::optional<mx::array> written_;
 };
 

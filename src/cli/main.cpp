@@ -14,9 +14,9 @@ namespace {
 
 using namespace mlxlm;
 
-const std::vector<std::string> kCommands{"describe", "generate", "logits"};
+const std::vector<std::string> kCommands{"cache_prompt", "describe", "generate", "logits"};
 // Commands of the reference that are not written yet.
-const std::vector<std::string> kLater{"awq",           "benchmark", "cache_prompt", "chat",  "convert", "dwq",
+const std::vector<std::string> kLater{"awq",           "benchmark", "chat",  "convert", "dwq",
                                       "dynamic_quant", "evaluate",  "fuse",         "gptq",  "lora",    "manage",
                                       "perplexity",    "serve",     "server",       "share", "upload"};
 
@@ -46,6 +46,7 @@ int run(int argc, char** argv) {
   cli::add_generate(app, action);
   cli::add_describe(app, action);
   cli::add_logits(app, action);
+  cli::add_cache_prompt(app, action);
 
   std::vector<std::string> words;  // CLI11 wants them reversed
   for (int i = argc - 1; i > 0; --i) words.emplace_back(std::strcmp(argv[i], "-qa") == 0 ? "--quantize-activations" : argv[i]);
