@@ -36,7 +36,7 @@ def cases():
     yield "qwen3_kv8_long", known["qwen3"], 300, (8, 32), None, False
     yield "llama", known["llama"], 5, None, None, True
     yield "llama_long", known["llama"], 13, None, None, True
-    yield "mistral_bounded", mistral, 21, None, 16, True
+    yield "qwen3_bounded", known["qwen3"], 21, None, 16, True
     yield "gemma3_text", known["gemma3_text"], 11, None, None, True
     yield "nemotron_h", known["nemotron_h"], 6, None, None, True
     yield "deepseek_v3", known["deepseek_v3"], 4, None, None, True
