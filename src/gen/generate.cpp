@@ -81,11 +81,19 @@ void check_growth(const arch::Model& model, int64_t tokens_to_come, const Option
   check_available(cache_bytes(model, tokens, sizes_of(options, bytes)) - cache::total_bytes(caches), tokens);
 }
 
+/** As in the reference, the last token of a prompt then sees what quantization left of the others, and all that a bounded cache holds. */
+bool last_token_alone(const Options& options, const cache::Caches& caches) {
+  if (options.kv_quantization.bits > 0 || options.max_kv_size_tokens > 0) return true;
+  return std::ranges::any_of(caches, [](const cache::CachePtr& c) {
+    const auto* attention = dynamic_cast<const cache::AttentionCache*>(c.get());
+    return attention != nullptr && attention->offset() > 0 && attention->max_size() > 0;
+  });
+}
+
 /** Runs all but the last token of a prompt, or, unless `whole`, all but what one more step takes; returns how many, or nothing when cancelled. */
 std::optional<int> run_chunks(model::CausalModel& model, const std::vector<int>& prompt, const Options& options, cache::Caches& caches, bool whole) {
   const int total = static_cast<int>(prompt.size());
-  // As in the reference, the last token sees what quantization left of the others.
-  const int alone = options.kv_quantization.bits > 0 ? 1 : 0, last = whole ? 0 : alone > 0 ? alone : options.prefill_step_tokens;
+  const int alone = last_token_alone(options, caches) ? 1 : 0, last = whole ? 0 : alone > 0 ? alone : options.prefill_step_tokens;
   int processed = 0;
   if (options.on_prefill) options.on_prefill(0, total);
   while (total - processed > last) {

@@ -223,8 +223,6 @@ def test_unknown_flag(model):
         (["--image", "x.png"], "--image"),
         (["--adapter-path", "x"], "--adapter-path"),
         (["--draft-model", "x"], "--draft-model"),
-        (["--prompt-cache-file", "x"], "--prompt-cache-file"),
-        (["--kv-bits", "4"], "--kv-bits"),
         (["-qa"], "--quantize-activations"),
         (["--extra-eos-token", "no such token"], "no such token"),
         (["--chat-template-config", "{"], "--chat-template-config"),
