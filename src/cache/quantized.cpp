@@ -54,13 +54,14 @@ QuantizedKvCache::QuantizedKvCache(int bits, int group_size, Planes planes, int 
 QuantizedCache::Rows QuantizedKvCache::update_quantized(const mx::array& k, const mx::array& v) {
   const auto fresh = quantize_rows(k, v, bits_, group_size_);
   const int end = offset_ + k.shape(2);
+  const bool first = planes_.empty();
   Planes seen;
   for (std::size_t i = 0; i < fresh.size(); ++i) {
     std::optional<mx::array> buffer;
-    if (!planes_.empty()) buffer = planes_[i].dtype() == fresh[i].dtype() ? planes_[i] : mx::astype(planes_[i], fresh[i].dtype());
+    if (!first) buffer = planes_[i].dtype() == fresh[i].dtype() ? planes_[i] : mx::astype(planes_[i], fresh[i].dtype());
     auto next = written(grown(buffer, fresh[i], offset_, end), fresh[i], offset_);
     seen.push_back(rows(next, 0, end));
-    if (planes_.size() <= i) planes_.push_back(std::move(next));
+    if (first) planes_.push_back(std::move(next));
     else planes_[i] = std::move(next);
   }
   offset_ = end;
