@@ -116,6 +116,26 @@ TEST_P(Caches, CopiesGoTheirOwnWay) {
   EXPECT_EQ(follow(copied), rows);
 }
 
+/** What the reference cannot quantize: latent attention and windows. Eight bits move its logits a little, and only a little. */
+TEST(QuantizedKinds, BeyondTheReference) {
+  for (const char* name : {"deepseek_v3", "gemma3_text", "llama_long"}) {
+    SCOPED_TRACE(name);
+    auto info = goldens().cases.at(name);
+    if (info.at("config").contains("qk_rope_head_dim")) info["config"]["qk_rope_head_dim"] = 32;
+    info["config"]["head_dim"] = 32;
+    const auto model = make_model(make_checkpoint(info.at("config"), info));
+    auto plain = cache::make_caches(model->description()), quantized = cache::make_caches(model->description());
+    const auto prompt = info.at("prompt").get<std::vector<int>>();
+    model->forward(batch_of(prompt), plain, model::Rows::last);
+    model->forward(batch_of(prompt), quantized, model::Rows::last);
+    cache::check_quantization(model->description(), {.bits = 8, .group_size = 32});
+    cache::quantize_caches(quantized, {.bits = 8, .group_size = 32});
+    for (const std::vector<int>& call : std::vector<std::vector<int>>{{3}, {5}, {7, 9, 11}, {2}, {4}, {6}}) {
+      EXPECT_LE(difference(last_row(model->forward(batch_of(call), quantized)), last_row(model->forward(batch_of(call), plain))), 0.1);
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Golden, Caches, testing::ValuesIn(names()), [](const auto& info) { return info.param; });
 
 }  // namespace
