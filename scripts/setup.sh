@@ -14,7 +14,7 @@ rust_wanted=1.87
 model_file=models/SmolLM2-135M-Instruct.gguf
 model_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 apt_packages=(g++ cmake ninja-build python3 python3-pip python3-venv ca-certificates nlohmann-json3-dev libfmt-dev libspdlog-dev libcli11-dev
-  libgtest-dev ccache)
+  libgtest-dev libedit-dev ccache)
 brew_packages=(cmake ninja python nlohmann-json fmt spdlog cli11 googletest ccache rust)
 
 as_root() {
@@ -57,7 +57,7 @@ install_system_packages() {
   else
     for package in c++ cmake ninja python3; do
       has "$package" || die "no apt-get here, and '$package' is missing. Install by hand: a C++20 compiler, cmake >= 3.24, ninja, python3 with pip" \
-        "and venv, nlohmann-json >= 3.11, fmt, spdlog, CLI11, googletest, cargo >= $rust_wanted"
+        "and venv, nlohmann-json >= 3.11, fmt, spdlog, CLI11, googletest, cargo >= $rust_wanted (and libedit, to edit lines in chat)"
     done
     say "[1/4] system packages: no apt-get here; using what is there"
   fi

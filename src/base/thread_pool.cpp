@@ -7,7 +7,10 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
+#include <fstream>
 #include <mutex>
+#include <set>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -62,7 +65,7 @@ struct Ticket {
     return {generation << (index_bits + chunk_bits) | static_cast<uint64_t>(chunks) << index_bits};
   }
 };
-constexpr int most_chunks = 1 << 16;
+constexpr int most_chunks = (1 << Ticket::chunk_bits) - 1;
 
 }  // namespace
 
@@ -125,9 +128,26 @@ ThreadPool::~ThreadPool() = default;
 int ThreadPool::threads() const { return state_->threads; }
 
 void ThreadPool::run(int chunks, void (*call)(void*, int, int), void* context) {
+  if (chunks > most_chunks) {  // more than a ticket can count: several to a chunk
+    const int each = chunks / most_chunks + 1;
+    struct Several {
+      void (*call)(void*, int, int);
+      void* context;
+      int each, chunks;
+    } several{call, context, each, chunks};
+    const auto call_several = [](void* all, int index, int thread) {
+      const auto& a = *static_cast<Several*>(all);
+      for (int i = index * a.each; i < std::min(a.chunks, (index + 1) * a.each); ++i) a.call(a.context, i, thread);
+    };
+    return run_region((chunks + each - 1) / each, call_several, &several);
+  }
+  run_region(chunks, call, context);
+}
+
+void ThreadPool::run_region(int chunks, void (*call)(void*, int, int), void* context) {
   State& s = *state_;
   const std::lock_guard one(s.region);
-  if (s.threads == 1 || chunks <= 1 || chunks > most_chunks) {
+  if (s.threads == 1 || chunks <= 1) {
     for (int chunk = 0; chunk < chunks; ++chunk) call(context, chunk, 0);
     return;
   }
@@ -144,11 +164,31 @@ void ThreadPool::run(int chunks, void (*call)(void*, int, int), void* context) {
   }
 }
 
+#if defined(__linux__)
+namespace {
+
+/** CPUs of the set that are the first of their core in it: two hardware threads share one vector unit. */
+int physical_cores(const cpu_set_t& set) {
+  int count = 0;
+  std::set<std::string> seen;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &set)) continue;
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::string siblings;
+    const bool known = static_cast<bool>(std::getline(file, siblings)) && !siblings.empty();
+    if (!known || seen.insert(siblings).second) ++count;
+  }
+  return count;
+}
+
+}  // namespace
+#endif
+
 int usable_cores() {
   int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 #if defined(__linux__)
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) cores = std::max(1, CPU_COUNT(&set));
+  if (sched_getaffinity(0, sizeof set, &set) == 0) cores = std::max(1, physical_cores(set));
   long long quota = 0, period = 0;
   if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {  // "max 100000" when unlimited
     if (std::fscanf(file, "%lld %lld", &quota, &period) == 2 && quota > 0 && period > 0) {

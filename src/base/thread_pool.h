@@ -22,11 +22,12 @@ class ThreadPool {
   template <class Body>
   void parallel_for(int chunks, Body&& body) {
     run(chunks, [](void* context, int chunk, int thread) { (*static_cast<std::remove_reference_t<Body>*>(context))(chunk, thread); },
-        &body);
+        const_cast<void*>(static_cast<const void*>(&body)));
   }
 
  private:
   void run(int chunks, void (*call)(void*, int, int), void* context);
+  void run_region(int chunks, void (*call)(void*, int, int), void* context);
   struct State;
   std::unique_ptr<State> state_;
 };

@@ -14,7 +14,6 @@
 #include "cache/prompt_file.h"
 #include "cli/command.h"
 #include "gen/generate.h"
-#include "gen/memory.h"
 
 namespace mlxlm::cli {
 
@@ -76,7 +75,6 @@ gen::Options to_options(const Arguments& a) {
 }
 
 int run(const Arguments& a) {
-  if (!a.adapter_path.empty()) throw Error(Code::unsupported, "--adapter-path", "not supported yet");
   if (a.threads < 0) throw Error(Code::bad_request, "--threads", fmt::format("got {}, wanted 0 (all cores) or more", a.threads));
   if (a.threads > 0) set_compute_threads(a.threads);
   check_writable(a.file);
@@ -84,7 +82,7 @@ int run(const Arguments& a) {
   auto name = model_name(a);
   const auto path = find_model(name);
   if (name.empty()) name = path.string();
-  auto session = open_session(path);
+  auto session = open_session(path, a.adapter_path);
   json tokenizer_config{{"trust_remote_code", a.trust_remote_code}};
   if (a.eos_token) {
     session.tokenizer.add_eos_token(*a.eos_token);  // an unknown one is an error now, not when the file is used
@@ -97,7 +95,7 @@ int run(const Arguments& a) {
   const bool complete = gen::prefill(*session.loaded.model, prompt, options, caches);
   fmt::print("\n");
   if (!complete) return exit_status(Code::cancelled);
-  fmt::print("Peak memory: {:.3f} GB\nSaving...\n", static_cast<double>(gen::peak_resident_bytes()) / 1e9);
+  fmt::print("Peak memory: {:.3f} GB\nSaving...\n", gen::peak_memory_gb());
   cache::save_prompt_file(a.file, caches, {{"model", name}, {"tokenizer_config", to_text(tokenizer_config)}});
   return 0;
 }
@@ -108,7 +106,7 @@ void add_cache_prompt(CLI::App& app, Action& action) {
   auto a = std::make_shared<Arguments>();
   auto& c = *app.add_subcommand("cache_prompt", "Run a prompt once and keep its cache in a file");
   c.add_option("--model", a->model, "Folder, .gguf file or repository (org/name); mlx_model or else the default model when not given");
-  c.add_option("--adapter-path", a->adapter_path, "Trained adapter (not supported yet)");
+  c.add_option("--adapter-path", a->adapter_path, "Folder of a trained adapter");
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
   c.add_option("--eos-token", a->eos_token, "Token that ends answers to this prompt");
   c.add_option("--max-kv-size", a->max_kv_size, "Most tokens that the cache holds; unbounded when not given");

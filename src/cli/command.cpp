@@ -10,6 +10,7 @@
 
 #include "api/session.h"
 #include "base/error.h"
+#include "kernels/cpu/kernels.h"
 
 namespace mlxlm::cli {
 
@@ -19,6 +20,17 @@ std::atomic<bool> interrupted{false};
 static_assert(std::atomic<bool>::is_always_lock_free);
 
 }  // namespace
+
+void add_cpu_precision(CLI::App& command, std::string& value) {
+  command.add_option("--cpu-precision", value, "Activations in products with quantized weights: exact (float32), default (15 bits), fast (8 bits)")
+      ->check(CLI::IsMember({"exact", "default", "fast"}))
+      ->capture_default_str();
+}
+
+void set_cpu_precision(const std::string& value) {
+  using kernels::cpu::Precision;
+  kernels::cpu::set_precision(value == "exact" ? Precision::exact : value == "fast" ? Precision::fast : Precision::standard);
+}
 
 StatusLine::StatusLine() : terminal_(::isatty(STDERR_FILENO) == 1) {}
 

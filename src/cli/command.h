@@ -17,9 +17,15 @@ namespace mlxlm::cli {
 using Action = std::function<int()>;
 
 void add_generate(CLI::App& app, Action& action);
+void add_chat(CLI::App& app, Action& action);
 void add_describe(CLI::App& app, Action& action);
 void add_cache_prompt(CLI::App& app, Action& action);
 void add_logits(CLI::App& app, Action& action);
+void add_benchmark(CLI::App& app, Action& action);
+
+/** --cpu-precision exact|default|fast. */
+void add_cpu_precision(CLI::App& command, std::string& value);
+void set_cpu_precision(const std::string& value);
 
 /** The local path of --model (empty = the default model, named on stderr); downloads show their progress on a terminal. */
 std::filesystem::path find_model(const std::string& path_or_repo);

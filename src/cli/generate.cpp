@@ -24,7 +24,7 @@ constexpr int kLongPromptTokens = 512;  // from here on a prompt is worth a prog
 
 /** The options as the command line spells them; defaults are the reference's. */
 struct Arguments {
-  std::string model, adapter_path, prompt = "hello", chat_template_config, verbose = "True", prompt_cache_file, draft_model;
+  std::string model, adapter_path, prompt = "hello", chat_template_config, verbose = "True", prompt_cache_file, draft_model, cpu_precision = "default";
   std::vector<std::string> extra_eos, images, stop;
   std::optional<std::string> system_prompt, prefill_response;
   bool trust_remote_code = false, ignore_chat_template = false, default_chat_template = false, quantize_activations = false, json = false;
@@ -39,7 +39,6 @@ void refuse_unsupported(const Arguments& a) {
   const auto refuse = [](bool given, const char* option, const char* why = "not supported yet") {
     if (given) throw Error(Code::unsupported, option, why);
   };
-  refuse(!a.adapter_path.empty(), "--adapter-path");
   refuse(!a.draft_model.empty(), "--draft-model");
   refuse(a.quantize_activations, "--quantize-activations");
   refuse(!a.images.empty(), "--image", "the model takes text only, wanted no images");
@@ -207,12 +206,13 @@ int run(const Arguments& a) {
   if (a.threads < 0) throw Error(Code::bad_request, "--threads", fmt::format("got {}, wanted 0 (all cores) or more", a.threads));
   if (a.threads > 0) set_compute_threads(a.threads);
 
+  set_cpu_precision(a.cpu_precision);
   cache::PromptMetadata cached;
   if (!a.prompt_cache_file.empty()) cached = cache::read_prompt_metadata(a.prompt_cache_file);
   const auto path = find_model(model_of_cache(a, cached));
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
-  auto session = open_session(path);
+  auto session = open_session(path, a.adapter_path);
   line.clear();
   auto caches = open_caches(a, session.loaded.model->description());
   add_cached_eos(session.tokenizer, cached);
@@ -290,7 +290,7 @@ void add_generate(CLI::App& app, Action& action) {
   auto& c = *app.add_subcommand("generate", "Generate text from a prompt");
   c.add_option("--model", a->model, "Folder, .gguf file or repository (org/name); the default model when not given");
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
-  c.add_option("--adapter-path", a->adapter_path, "Trained adapter (not supported yet)");
+  c.add_option("--adapter-path", a->adapter_path, "Folder of a trained adapter (LoRA, DoRA or full)");
   c.add_option("--extra-eos-token", a->extra_eos, "Tokens, or their ids, that also end the answer");
   c.add_option("--system-prompt", a->system_prompt, "System message for the chat template");
   c.add_option("-p,--prompt", a->prompt, "Message to the model; \\n and \\t are escapes; '-' reads stdin")->capture_default_str();
@@ -302,6 +302,7 @@ void add_generate(CLI::App& app, Action& action) {
   c.add_option("--chat-template-config", a->chat_template_config, "JSON object of further variables for the chat template");
   c.add_option("--verbose", a->verbose, "False or F: print the answer only")->capture_default_str();
   add_cache(c, *a);
+  add_cpu_precision(c, a->cpu_precision);
   c.add_flag("--json", a->json, "Print one JSON object: text, tokens, finish_reason, counts and speeds");
   c.footer("Example:\n  mlx-lm generate --model org/name --prompt \"Why is the sky blue?\" --max-tokens 200 --temp 0.7");
   c.callback([a, &action] { action = [a] { return run(*a); }; });

@@ -14,11 +14,10 @@ namespace {
 
 using namespace mlxlm;
 
-const std::vector<std::string> kCommands{"cache_prompt", "describe", "generate", "logits"};
+const std::vector<std::string> kCommands{"benchmark", "cache_prompt", "chat", "describe", "generate", "logits"};
 // Commands of the reference that are not written yet.
-const std::vector<std::string> kLater{"awq",           "benchmark", "chat",  "convert", "dwq",
-                                      "dynamic_quant", "evaluate",  "fuse",         "gptq",  "lora",    "manage",
-                                      "perplexity",    "serve",     "server",       "share", "upload"};
+const std::vector<std::string> kLater{"awq",  "convert",    "dwq",   "dynamic_quant", "evaluate", "fuse",  "gptq",
+                                      "lora", "manage",       "perplexity", "serve", "server",        "share",    "upload"};
 
 int fail(std::string message, int status) {
   std::replace(message.begin(), message.end(), '\n', ' ');
@@ -44,9 +43,11 @@ int run(int argc, char** argv) {
   app.require_subcommand(0, 1);
   cli::Action action;
   cli::add_generate(app, action);
+  cli::add_chat(app, action);
   cli::add_describe(app, action);
   cli::add_logits(app, action);
   cli::add_cache_prompt(app, action);
+  cli::add_benchmark(app, action);
 
   std::vector<std::string> words;  // CLI11 wants them reversed
   for (int i = argc - 1; i > 0; --i) words.emplace_back(std::strcmp(argv[i], "-qa") == 0 ? "--quantize-activations" : argv[i]);

@@ -30,12 +30,6 @@ bool on_gpu() {
   return mx::default_device() == mx::Device::gpu;
 }
 
-/** MLX's allocator does not see mapped and packed weights, which is where a CPU model lies. */
-double peak_memory_gb() {
-  const auto allocated = static_cast<int64_t>(mx::get_peak_memory());
-  return static_cast<double>(on_gpu() ? allocated : std::max(allocated, peak_resident_bytes())) / 1e9;
-}
-
 void evaluate_state(const cache::Caches& caches) {
   std::vector<mx::array> arrays;
   for (const auto& c : caches) {
@@ -284,6 +278,12 @@ bool prefill(model::CausalModel& model, const std::vector<int>& prompt, const Op
   check_prompt(model.description(), prompt, options, caches);
   if (caches.empty()) caches = cache::make_caches(model.description(), options.max_kv_size_tokens);
   return run_chunks(model, prompt, options, caches, true).has_value();
+}
+
+/** MLX's allocator does not see mapped and packed weights, which is where a CPU model lies. */
+double peak_memory_gb() {
+  const auto allocated = static_cast<int64_t>(mx::get_peak_memory());
+  return static_cast<double>(on_gpu() ? allocated : std::max(allocated, peak_resident_bytes())) / 1e9;
 }
 
 Response stream_generate(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<int>& prompt,

@@ -44,6 +44,9 @@ struct Response {
   double peak_memory_gb = 0;  // 1e9 bytes; on the CPU of the whole process, on a GPU of MLX's allocator
 };
 
+/** GB (1e9 bytes): on a GPU of MLX's allocator, on the CPU of the whole process. */
+double peak_memory_gb();
+
 /** Runs a prompt through `caches` (made when empty) without sampling anything: they then hold all its tokens. Of `options` it uses the prefill step,
  *  the sizes and quantization of caches, on_prefill and cancel. Returns false when it was cancelled. Throws as stream_generate.
  *  Reference: mlx_lm/cache_prompt.py, which generates 0 tokens */

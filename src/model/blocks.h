@@ -11,6 +11,7 @@
 #include "cache/cache.h"
 #include "nn/nn.h"
 #include "plan/plan.h"
+#include "weights/adapter.h"
 #include "weights/weights.h"
 
 namespace mlxlm::model {
@@ -20,7 +21,8 @@ namespace mx = mlx::core;
 /** Hands out the tensors of a checkpoint, each once, so that memory is released as the model is built. */
 class Store {
  public:
-  Store(weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant) : tensors_(std::move(tensors)), quant_(quant) {}
+  Store(weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant, const weights::LowRanks& adapters)
+      : tensors_(std::move(tensors)), quant_(quant), adapters_(adapters) {}
   bool has(const std::string& name) const { return tensors_.contains(name); }
   const mx::array& peek(const std::string& name) const { return tensors_.at(name); }
   /** Throws Error(bad_weights) when it is missing. */
@@ -40,6 +42,7 @@ class Store {
  private:
   weights::Tensors tensors_;
   const std::map<std::string, plan::Quant>& quant_;
+  const weights::LowRanks& adapters_;
 };
 
 class NormBlock {

@@ -13,6 +13,7 @@
 #include "arch/model.h"
 #include "cache/cache.h"
 #include "plan/plan.h"
+#include "weights/adapter.h"
 #include "weights/weights.h"
 
 namespace mlxlm::model {
@@ -53,7 +54,7 @@ enum class Executor { best, graph };
 
 /** A callable model. Consumes the tensors. Throws Error(bad_weights). */
 std::unique_ptr<CausalModel> make_model(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant,
-                                        Executor executor = Executor::best);
+                                        Executor executor = Executor::best, const weights::LowRanks& adapters = {});
 
 struct Loaded {
   std::unique_ptr<CausalModel> model;
@@ -65,7 +66,11 @@ struct Loaded {
 /** config.json merged with generation_config.json (its eos_token_id wins) and hoisted quantization. Reference: mlx_lm/utils.py load_config */
 json load_config(const std::filesystem::path& folder);
 
+struct LoadOptions {
+  Executor executor = Executor::best;
+  std::filesystem::path adapter{};  // folder of a trained adapter; empty = none
+};
 /** A folder with config.json and model*.safetensors, or a .gguf file. Throws every Error of the rooms below. */
-Loaded load(const std::filesystem::path& path, Executor executor = Executor::best);
+Loaded load(const std::filesystem::path& path, const LoadOptions& options = {});
 
 }  // namespace mlxlm::model

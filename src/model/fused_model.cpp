@@ -338,6 +338,7 @@ class Fuser {
     if (table.parts.size() != 1) return nullptr;
     program->embedding = table.parts[0].matrix;
     program->head = parts_.head->eager();
+    if (program->head.parts.empty()) return nullptr;
     for (std::size_t i = 0; i < model_.layers.size(); ++i) {
       for (const auto& step : model_.layers[i]) program->steps.push_back(fuse_step(step, static_cast<int>(i)));
     }
@@ -361,7 +362,12 @@ class Fuser {
     return made;
   }
 
-  cpu::EagerMap map(const std::string& path) { return parts_.made.maps.at(path)->eager(); }
+  /** A map with an adapter has no parts. */
+  cpu::EagerMap map(const std::string& path) {
+    auto map = parts_.made.maps.at(path)->eager();
+    if (map.parts.empty()) supported_ = false;
+    return map;
+  }
 
   int rotation(const std::optional<arch::Rope>& rope) {
     if (!rope) return -1;

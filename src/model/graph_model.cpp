@@ -28,9 +28,9 @@ mx::array clipped_sum(const mx::array& x, const mx::array& y) {
 
 class GraphModel final : public CausalModel {
  public:
-  GraphModel(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant)
+  GraphModel(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant, const weights::LowRanks& adapters)
       : description_(std::move(description)) {
-    Store store(std::move(tensors), quant);
+    Store store(std::move(tensors), quant, adapters);
     const auto& m = description_;
     const std::string embed = m.root + "." + m.embed;
     dtype_ = activation_dtype(store, embed);
@@ -153,8 +153,8 @@ mx::array CausalModel::forward(const mx::array& tokens, cache::Caches& caches, R
 }
 
 std::unique_ptr<CausalModel> make_model(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant,
-                                        Executor executor) {
-  auto graph = std::make_unique<GraphModel>(std::move(description), std::move(tensors), quant);
+                                        Executor executor, const weights::LowRanks& adapters) {
+  auto graph = std::make_unique<GraphModel>(std::move(description), std::move(tensors), quant, adapters);
   if (executor == Executor::graph || !kernels::cpu::active()) return graph;
   auto parts = graph->take_parts();
   return fuse(std::move(graph), std::move(parts));

@@ -9,10 +9,12 @@ namespace {
 
 namespace fs = std::filesystem;
 
+/** As Python sees it. */
 bool truthy(const json& value) {
-  if (value.is_null()) return false;
-  if (value.is_array()) return !value.empty();
-  return true;
+  if (value.is_boolean()) return value.get<bool>();
+  if (value.is_number()) return value.get<double>() != 0;
+  if (value.is_string()) return !value.get_ref<const std::string&>().empty();
+  return !value.empty();
 }
 
 /** The seam for the methods of other tools: until their conversion is here, a clear refusal. */
@@ -27,14 +29,16 @@ void refuse_foreign_quantization(const json& config, const std::string& where) {
 }
 
 Loaded build(json config, weights::Tensors tensors, const fs::path& path, const std::string& where,
-             Executor executor) {
+             const LoadOptions& options) {
   refuse_foreign_quantization(config, where);
   const arch::Config reader(config, where);
   auto description = arch::build(reader);
   weights::apply_rules(tensors, description);
   const auto quant = weights::check(tensors, description, plan::parse_quantization(config), path.string());
   Loaded loaded;
-  loaded.model = make_model(std::move(description), std::move(tensors), quant, executor);
+  weights::LowRanks adapters;
+  if (!options.adapter.empty()) adapters = weights::apply_adapter(options.adapter, tensors, description);
+  loaded.model = make_model(std::move(description), std::move(tensors), quant, options.executor, adapters);
   loaded.config = std::move(config);
   loaded.path = path;
   return loaded;
@@ -62,16 +66,16 @@ json load_config(const fs::path& folder) {
   return config;
 }
 
-Loaded load(const fs::path& path, Executor executor) {
+Loaded load(const fs::path& path, const LoadOptions& options) {
   if (!fs::exists(path)) throw Error(Code::not_found, path.string(), "no such folder or file");
   if (fs::is_regular_file(path)) {
     auto gguf = weights::load_gguf(path);
-    auto loaded = build(std::move(gguf.config), std::move(gguf.checkpoint.tensors), path, path.string(), executor);
+    auto loaded = build(std::move(gguf.config), std::move(gguf.checkpoint.tensors), path, path.string(), options);
     loaded.gguf_metadata = std::move(gguf.metadata);
     return loaded;
   }
   json config = load_config(path);
-  return build(std::move(config), weights::load_folder(path).tensors, path, (path / "config.json").string(), executor);
+  return build(std::move(config), weights::load_folder(path).tensors, path, (path / "config.json").string(), options);
 }
 
 }  // namespace mlxlm::model

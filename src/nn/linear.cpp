@@ -1,4 +1,6 @@
 // Linear maps: packed for our kernels on the CPU, MLX's own elsewhere.
+#include <utility>
+
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
@@ -52,8 +54,15 @@ Linear::Linear(std::vector<Weights> parts) : parts_(std::move(parts)) {
   if (parts_.empty()) throw Error(Code::internal, "Linear", "no weights");
   in_dims_ = in_dims_of(parts_[0]);
   for (const auto& part : parts_) out_dims_ += part.weight.shape(-2);
-  if (!cpu::active()) return;
-  bool fusable = true;
+  bool adapters = false;
+  for (const auto& part : parts_) adapters = adapters || part.adapter;
+  if (adapters && parts_.size() == 1) {
+    adapt(std::move(parts_[0]));
+    parts_.clear();
+    return;
+  }
+  if (!adapters && !cpu::active()) return;
+  bool fusable = !adapters;
   for (const auto& part : parts_) fusable = fusable && same_kind(part, parts_[0]);
   if (!fusable) {
     for (auto& part : parts_) split_.push_back(std::make_shared<Linear>(std::vector<Weights>{part}));
@@ -70,7 +79,40 @@ Linear::Linear(std::vector<Weights> parts) : parts_(std::move(parts)) {
   parts_.clear();
 }
 
+/** Reference: mlx_lm/tuner/lora.py LoRALinear, dora.py DoRALinear */
+void Linear::adapt(Weights part) {
+  const LowRank adapter = *std::exchange(part.adapter, std::nullopt);
+  const auto bias = std::exchange(part.bias, std::nullopt);
+  adapter_scale_ = adapter.scale;
+  if (adapter.m) {
+    const auto delta = mx::matmul(mx::multiply(mx::transpose(adapter.b), mx::array(adapter.scale, adapter.b.dtype())), mx::transpose(adapter.a));
+    const auto sum = mx::astype(mx::add(dequantized(part), delta), mx::float32);
+    stretch_ = mx::divide(*adapter.m, mx::sqrt(mx::sum(mx::square(sum), 1)));
+    mx::eval(*stretch_);
+  }
+  if (bias) {
+    bias_ = mx::contiguous(*bias);
+    mx::eval(*bias_);
+  }
+  const auto factor = [](const mx::array& matrix) {
+    auto rows = mx::contiguous(mx::astype(mx::transpose(matrix), mx::float32));
+    mx::eval(rows);
+    return std::make_shared<Linear>(std::vector<Weights>{{.weight = rows}});
+  };
+  into_rank_ = factor(adapter.a);
+  from_rank_ = factor(adapter.b);
+  base_ = std::make_shared<Linear>(std::vector<Weights>{std::move(part)});
+}
+
+mx::array Linear::adapted(const mx::array& x) const {
+  const auto added = mx::multiply((*from_rank_)((*into_rank_)(mx::astype(x, mx::float32))), mx::array(adapter_scale_));
+  auto y = mx::add((*base_)(x), mx::astype(added, x.dtype()));
+  if (stretch_) y = mx::multiply(y, mx::astype(*stretch_, x.dtype()));
+  return bias_ ? mx::add(y, mx::astype(*bias_, x.dtype())) : y;
+}
+
 mx::array Linear::operator()(const mx::array& x) const {
+  if (base_) return adapted(x);
   if (packed_) return cpu::matmul(x, packed_, bias_);
   std::vector<mx::array> outputs;
   if (!split_.empty()) {
@@ -118,6 +160,7 @@ cpu::EagerMap Linear::eager() const {
   map.out_dims = out_dims_;
   for (const auto& part : split_) {
     auto one = part->eager();
+    if (one.parts.empty()) return {{}, out_dims_, in_dims_};
     map.parts.insert(map.parts.end(), one.parts.begin(), one.parts.end());
   }
   if (!packed_) return map;
@@ -134,6 +177,7 @@ cpu::EagerMap Linear::eager() const {
 int64_t Linear::bytes() const {
   int64_t total = packed_ ? cpu::packed_bytes(*packed_) : 0;
   for (const auto& part : split_) total += part->bytes();
+  for (const auto& part : {base_, into_rank_, from_rank_}) total += part ? part->bytes() : 0;
   for (const auto& part : parts_) {
     total += static_cast<int64_t>(part.weight.nbytes()) + (part.scales ? static_cast<int64_t>(part.scales->nbytes()) : 0) +
              (part.biases ? static_cast<int64_t>(part.biases->nbytes()) : 0);

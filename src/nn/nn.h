@@ -16,6 +16,13 @@ namespace mlxlm::nn {
 
 namespace mx = mlx::core;
 
+/** A trained addition to a map: y + scale * (x a) b; with m, each output is then multiplied by m / |row of the sum of both weights|. */
+struct LowRank {
+  mx::array a, b;                // [in, r], [r, out]
+  std::optional<mx::array> m{};  // [out]
+  float scale = 1.f;
+};
+
 /** A linear map, dense or quantized. [out, in], or [X, out, in] for stacked experts.
  *  On the CPU the weights are packed at construction and the originals released. */
 class Linear {
@@ -25,6 +32,7 @@ class Linear {
     std::optional<mx::array> scales{}, biases{};
     std::optional<mx::array> bias{};
     std::optional<plan::Quant> quant{};
+    std::optional<LowRank> adapter{};
   };
   /** Several parts with equal input and quantization become one map with concatenated rows (fused q/k/v, gate/up). */
   explicit Linear(std::vector<Weights> parts);
@@ -38,14 +46,21 @@ class Linear {
   int64_t bytes() const;
   int out_dims() const { return out_dims_; }
   int in_dims() const { return in_dims_; }
-  /** The packed matrices one below the other, for executors that run without arrays; empty unless on the CPU. */
+  /** The packed matrices one below the other, for executors that run without arrays; no parts unless on the CPU and without adapters. */
   kernels::cpu::EagerMap eager() const;
 
  private:
+  void adapt(Weights part);
+  mx::array adapted(const mx::array& x) const;
+
   std::vector<Weights> parts_;                 // on the GPU
   std::vector<std::shared_ptr<Linear>> split_;  // on the CPU, parts that cannot be one matrix
   kernels::cpu::PackedMatrixPtr packed_;
   std::optional<mx::array> bias_;
+  // With an adapter: the map itself without its bias, the two factors, and what multiplies the outputs.
+  std::shared_ptr<Linear> base_, into_rank_, from_rank_;
+  std::optional<mx::array> stretch_;
+  float adapter_scale_ = 0.f;
   int out_dims_ = 0, in_dims_ = 0;
 };
 

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/text_util.h"
+#include "weights/names.h"
 #include "weights/weights.h"
 
 namespace mlxlm::weights {
@@ -22,9 +23,16 @@ std::string listed(const std::set<std::string>& names) {
   std::vector<std::string> first;
   for (const auto& name : names) {
     if (first.size() == at_most) break;
-    first.push_back(name);
+    first.push_back(shown_name(name));
   }
   return join(first) + (names.size() > at_most ? " and " + std::to_string(names.size() - at_most) + " more" : "");
+}
+
+/** "; nearest to the first that is ...: a, b", or nothing. */
+std::string nearest(const std::string& name, const std::set<std::string>& candidates, const std::string& what) {
+  std::vector<std::string> near = nearest_names(name, {candidates.begin(), candidates.end()});
+  for (auto& one : near) one = shown_name(one);
+  return near.empty() ? "" : "; nearest to the first that is " + what + ": " + join(near);
 }
 
 class Checker {
@@ -43,7 +51,7 @@ class Checker {
                   "groups of " + std::to_string(quant->group_size) + " do not divide " + std::to_string(t.shape.back()));
     }
     auto packed = t.shape, groups = t.shape;
-    packed.back() = t.shape.back() * quant->bits / 32;
+    packed.back() = static_cast<int>(int64_t(t.shape.back()) * quant->bits / 32);
     groups.back() = t.shape.back() / quant->group_size;
     const bool affine = quant->mode == "affine";
     expect(t.path + ".weight", packed, Kind::codes);
@@ -54,12 +62,11 @@ class Checker {
 
   std::map<std::string, plan::Quant> finish() {
     if (!missing_.empty()) {
-      const auto& first = *missing_.begin();
-      const auto near = nearest_names(first, {left_.begin(), left_.end()});
-      throw Error(Code::bad_weights, where_,
-                  "missing " + listed(missing_) + (near.empty() ? "" : "; nearest to the first that is there: " + join(near)));
+      throw Error(Code::bad_weights, where_, "missing " + listed(missing_) + nearest(*missing_.begin(), left_, "there"));
     }
-    if (!left_.empty()) throw Error(Code::bad_weights, where_, "got tensors that the model does not have: " + listed(left_));
+    if (!left_.empty()) {
+      throw Error(Code::bad_weights, where_, "got tensors that the model does not have: " + listed(left_) + nearest(*left_.begin(), known_, "known"));
+    }
     return std::move(quant_);
   }
 
@@ -77,6 +84,7 @@ class Checker {
   }
 
   void expect(const std::string& name, const std::vector<int>& shape, Kind kind) {
+    known_.insert(name);
     const auto it = tensors_.find(name);
     if (it == tensors_.end()) {
       missing_.insert(name);
@@ -93,7 +101,7 @@ class Checker {
   const Tensors& tensors_;
   const plan::QuantConfig& config_;
   const std::string& where_;
-  std::set<std::string> left_, missing_;
+  std::set<std::string> left_, missing_, known_;
   std::map<std::string, plan::Quant> quant_;
 };
 

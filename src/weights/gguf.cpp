@@ -1,5 +1,6 @@
 // GGUF models as MLX has them: mlx_lm's names, affine quantization without loss, a config.json made from the metadata.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 
@@ -7,6 +8,7 @@
 #include "base/text_util.h"
 #include "weights/gguf_reader.h"
 #include "weights/mapped_array.h"
+#include "weights/names.h"
 #include "weights/weights.h"
 
 namespace mlxlm::weights {
@@ -43,9 +45,9 @@ const std::map<std::string, std::string>& layer_names(const std::string& archite
 std::string mlx_name(const std::string& name, const std::string& architecture) {
   const auto parts = split(name, '.');
   const std::string leaf = parts.back();
-  if (parts[0] == "token_embd") return "model.embed_tokens." + leaf;
-  if (parts[0] == "output_norm") return "model.norm." + leaf;
-  if (parts[0] == "output") return "lm_head." + leaf;
+  if (parts.size() == 2 && parts[0] == "token_embd") return "model.embed_tokens." + leaf;
+  if (parts.size() == 2 && parts[0] == "output_norm") return "model.norm." + leaf;
+  if (parts.size() == 2 && parts[0] == "output") return "lm_head." + leaf;
   if (parts.size() == 4 && parts[0] == "blk") {
     const auto& names = layer_names(architecture);
     if (const auto it = names.find(parts[2]); it != names.end()) return "model.layers." + parts[1] + "." + it->second + "." + leaf;
@@ -65,48 +67,70 @@ uint16_t float_to_half(float f) {
 }
 
 /** Row of the file that becomes row `row`: undoes llama.cpp's order for interleaved rotation. */
-int64_t source_row(int64_t row, int64_t rows, int heads) {
+int64_t source_row(int64_t row, int64_t rows, int64_t heads) {
   if (heads == 0) return row;
   const int64_t per_head = rows / heads, half = per_head / 2, head = row / per_head, in_head = row % per_head;
   return head * per_head + (in_head % half) * 2 + in_head / half;
 }
 
-
-/** One block of 32 values -> packed codes, scale and bias (float16). */
-void convert_block(GgufType type, const uint8_t* block, uint8_t* codes, uint16_t& scale, uint16_t& bias) {
-  std::memcpy(&scale, block, 2);
-  const float d = half_to_float(scale);
+/** Packed codes of one block of 32 values, in MLX's order. */
+void convert_codes(GgufType type, const uint8_t* block, uint8_t* codes) {
   if (type == GgufType::q8_0) {
-    for (int i = 0; i < 32; ++i) codes[i] = static_cast<uint8_t>(static_cast<int8_t>(block[2 + i]) + 128);
-    bias = float_to_half(-128.f * d);
+    for (int i = 0; i < 32; ++i) codes[i] = block[2 + i] ^ 0x80;  // int8 + 128
     return;
   }
-  const uint8_t* nibbles = block + (type == GgufType::q4_1 ? 4 : 2);
-  if (type == GgufType::q4_1) std::memcpy(&bias, block + 2, 2);
-  else bias = float_to_half(-8.f * d);
   // The file keeps values 0-15 in low nibbles and 16-31 in high ones; MLX keeps neighbours in one byte.
+  const uint8_t* nibbles = block + (type == GgufType::q4_1 ? 4 : 2);
   for (int i = 0; i < 8; ++i) {
     codes[i] = static_cast<uint8_t>((nibbles[2 * i] & 15) | (nibbles[2 * i + 1] & 15) << 4);
     codes[8 + i] = static_cast<uint8_t>((nibbles[2 * i] >> 4) | (nibbles[2 * i + 1] >> 4) << 4);
   }
 }
 
-void add_quantized(const GgufTensor& t, const std::string& path, int heads, Tensors& out) {
+int64_t block_bytes_of(GgufType type) { return type == GgufType::q8_0 ? 34 : type == GgufType::q4_1 ? 20 : 18; }
+
+/** Does the bias of a block, -8 or -128 times its finite scale, leave the range of float16? */
+bool bias_overflows(const GgufTensor& t) {
+  const auto type = static_cast<GgufType>(t.type);
+  if (type == GgufType::q4_1) return false;  // the file holds it
+  const uint16_t too_large = type == GgufType::q8_0 ? 0x6000 : 0x7000, infinite = 0x7c00;  // float16 of 512, 8192
+  const int64_t block_bytes = block_bytes_of(type);
+  for (const uint8_t* block = t.data; block < t.data + t.bytes; block += block_bytes) {
+    uint16_t scale;
+    std::memcpy(&scale, block, 2);
+    scale &= 0x7fff;
+    if (scale >= too_large && scale < infinite) return true;
+  }
+  return false;
+}
+
+void put(uint8_t* out, int64_t index, float value, bool as_float) {
+  const uint16_t half = as_float ? 0 : float_to_half(value);
+  if (as_float) std::memcpy(out + 4 * index, &value, 4);
+  else std::memcpy(out + 2 * index, &half, 2);
+}
+
+void add_quantized(const GgufTensor& t, const std::string& path, int64_t heads, Tensors& out) {
   const auto type = static_cast<GgufType>(t.type);
   const int bits = type == GgufType::q8_0 ? 8 : 4;
-  const int64_t block_bytes = type == GgufType::q8_0 ? 34 : type == GgufType::q4_1 ? 20 : 18;
+  const int64_t block_bytes = block_bytes_of(type);
   const int64_t k = t.shape.back(), rows = t.shape[0], groups = k / 32, code_bytes = k * bits / 8;
   const int r = static_cast<int>(rows), g = static_cast<int>(groups);
+  const bool as_float = bias_overflows(t);
   auto codes = filled_array({r, static_cast<int>(code_bytes / 4)}, mx::uint32, [](void*) {});
-  auto scales = filled_array({r, g}, mx::float16, [](void*) {});
-  auto biases = filled_array({r, g}, mx::float16, [](void*) {});
+  auto scales = filled_array({r, g}, as_float ? mx::float32 : mx::float16, [](void*) {});
+  auto biases = filled_array({r, g}, as_float ? mx::float32 : mx::float16, [](void*) {});
   auto* c = codes.data<uint8_t>();
-  auto* s = scales.data<uint16_t>();
-  auto* b = biases.data<uint16_t>();
+  auto *s = scales.data<uint8_t>(), *b = biases.data<uint8_t>();
   for (int64_t row = 0; row < rows; ++row) {
     const uint8_t* in = t.data + source_row(row, rows, heads) * groups * block_bytes;
-    for (int64_t i = 0; i < groups; ++i) {
-      convert_block(type, in + i * block_bytes, c + row * code_bytes + i * 4 * bits, s[row * groups + i], b[row * groups + i]);
+    for (int64_t i = 0; i < groups; ++i, in += block_bytes) {
+      uint16_t halves[2];
+      std::memcpy(halves, in, 4);
+      const float scale = half_to_float(halves[0]);
+      convert_codes(type, in, c + row * code_bytes + i * 4 * bits);
+      put(s, row * groups + i, scale, as_float);
+      put(b, row * groups + i, type == GgufType::q4_1 ? half_to_float(halves[1]) : scale * (bits == 8 ? -128.f : -8.f), as_float);
     }
   }
   out.insert_or_assign(path + ".weight", codes);
@@ -114,23 +138,33 @@ void add_quantized(const GgufTensor& t, const std::string& path, int heads, Tens
   out.insert_or_assign(path + ".biases", biases);
 }
 
-mx::array dense(const GgufTensor& t, const std::shared_ptr<const MappedFile>& mapped, int heads, bool minus_one, bool as_half) {
+/** Vectors of float32 beside quantized matrices become float16 where they fit. */
+bool fits_half(const GgufTensor& t, float subtracted) {
+  for (int64_t i = 0; i < t.shape[0]; ++i) {
+    float value;
+    std::memcpy(&value, t.data + 4 * i, 4);
+    if (std::isfinite(value) && std::abs(value - subtracted) >= 65520.f) return false;
+  }
+  return true;
+}
+
+mx::array dense(const GgufTensor& t, const std::shared_ptr<const MappedFile>& mapped, int64_t heads, bool minus_one, bool as_half) {
   mx::Shape shape(t.shape.begin(), t.shape.end());
   const auto type = static_cast<GgufType>(t.type);
   const mx::Dtype dtype = type == GgufType::f32 ? mx::float32 : type == GgufType::f16 ? mx::float16 : mx::bfloat16;
   if (type == GgufType::f32 && (as_half || minus_one) && t.shape.size() == 1) {
+    const float subtracted = minus_one ? 1.f : 0.f;
+    as_half = as_half && fits_half(t, subtracted);
     return filled_array(shape, as_half ? mx::float16 : mx::float32, [&](void* out) {
       for (int64_t i = 0; i < t.shape[0]; ++i) {
         float value;
-        std::memcpy(&value, t.data + 4 * i, 4);
-        if (minus_one) value -= 1.f;
-        if (as_half) static_cast<uint16_t*>(out)[i] = float_to_half(value);
-        else static_cast<float*>(out)[i] = value;
+        std::memcpy(&value, t.data + 4 * source_row(i, t.shape[0], heads), 4);
+        put(static_cast<uint8_t*>(out), i, value - subtracted, !as_half);
       }
     });
   }
-  if (heads == 0 || t.shape.size() != 2) return mapped_array(mapped, t.file_offset, shape, dtype);
-  const int64_t row_bytes = t.shape[1] * static_cast<int64_t>(mx::size_of(dtype));
+  if (heads == 0) return mapped_array(mapped, t.file_offset, shape, dtype);
+  const auto row_bytes = static_cast<int64_t>(t.bytes) / t.shape[0];
   return filled_array(shape, dtype, [&](void* out) {
     for (int64_t row = 0; row < t.shape[0]; ++row) {
       std::memcpy(static_cast<uint8_t*>(out) + row * row_bytes, t.data + source_row(row, t.shape[0], heads) * row_bytes, row_bytes);
@@ -166,7 +200,7 @@ json read_config(const GgufFile& file, const std::string& architecture, const st
   copy("eos_token_id", "tokenizer.ggml.eos_token_id", false);
   if (meta.contains(at + "rope.scaling.type") && meta[at + "rope.scaling.type"] != "none") {
     if (meta[at + "rope.scaling.type"] != "linear") {
-      throw Error(Code::unsupported, where, at + "rope.scaling.type: got " + to_text(meta[at + "rope.scaling.type"]) + ", wanted linear");
+      throw Error(Code::unsupported, where, at + "rope.scaling.type: got " + shown_name(to_text(meta[at + "rope.scaling.type"])) + ", wanted linear");
     }
     config["rope_scaling"] = {{"type", "linear"}};
     const auto it = meta.find(at + "rope.scaling.factor");
@@ -181,12 +215,33 @@ json read_config(const GgufFile& file, const std::string& architecture, const st
   return config;
 }
 
-int permuted_heads(const std::string& name, const json& config) {
-  const auto number = [&](const char* key) { return config.contains(key) && config[key].is_number_integer() ? config[key].get<int>() : 0; };
-  const int heads = number("num_attention_heads"), kv = number("num_key_value_heads");
-  if (name.find(".attn_q.") != std::string::npos) return heads;
-  if (name.find(".attn_k.") != std::string::npos) return kv > 0 ? kv : heads;
-  return 0;
+/** Heads whose rows the file keeps in another order, 0 for none. */
+int64_t permuted_heads(const GgufTensor& t, const json& config, const std::string& where) {
+  const bool q = t.name.find(".attn_q.") != std::string::npos, k = t.name.find(".attn_k.") != std::string::npos;
+  if (!q && !k) return 0;
+  const char* key = k && config.contains("num_key_value_heads") ? "num_key_value_heads" : "num_attention_heads";
+  const json& value = config.at(key);
+  constexpr int64_t most = 1 << 20;
+  const bool usable = value.is_number_unsigned() ? value.get<uint64_t>() <= most : value.is_number_integer() && value.get<int64_t>() <= most;
+  const int64_t heads = usable ? value.get<int64_t>() : 0;
+  if (heads < 1) throw Error(Code::bad_weights, where, std::string(key) + ": got " + to_text(value) + ", wanted a number of heads");
+  if (t.shape[0] % (2 * heads) != 0) {
+    throw Error(Code::bad_weights, where + ": " + shown_name(t.name),
+                "got " + std::to_string(t.shape[0]) + " rows, which do not divide into " + std::to_string(heads) + " heads of pairs");
+  }
+  return heads;
+}
+
+/** The tensor under its name here, with what goes with it. */
+void add_tensor(const GgufTensor& t, const GgufFile& file, const std::string& name, const Family& family, int64_t heads, bool any_quantized,
+                Tensors& out) {
+  if (is_quantized(t.type)) {
+    add_quantized(t, name.substr(0, name.rfind('.')), heads, out);
+    release_pages(*file.mapped, t.file_offset, t.bytes);
+  } else {
+    const bool norm = name.ends_with("norm.weight");
+    out.insert_or_assign(name, dense(t, file.mapped, heads, norm && family.norm_plus_one, any_quantized));
+  }
 }
 
 }  // namespace
@@ -198,24 +253,23 @@ Gguf load_gguf(const std::filesystem::path& path, bool with_tensors) {
   const std::string architecture = it != file.metadata.end() && it->is_string() ? it->get<std::string>() : "";
   const auto family = families.find(architecture);
   if (family == families.end()) {
-    throw Error(Code::unsupported, where, "general.architecture: got '" + architecture + "', wanted llama, qwen2, qwen3 or gemma3");
+    throw Error(Code::unsupported, where, "general.architecture: got '" + shown_name(architecture) + "', wanted llama, qwen2, qwen3 or gemma3");
   }
   Gguf model{read_config(file, architecture, where), file.metadata, {}};
   model.checkpoint.file_bytes = static_cast<int64_t>(file.mapped->bytes().size());
   const bool any_quantized = std::ranges::any_of(file.tensors, [](const GgufTensor& t) { return is_quantized(t.type); });
   json quantization = {{"group_size", 32}, {"bits", 4}};
   for (const auto& t : file.tensors) {
-    const std::string name = mlx_name(t.name, architecture);
-    if (name.empty()) throw Error(Code::unsupported, where + ": " + t.name, "a tensor that " + architecture + " does not have here");
-    const int heads = family->second.permuted_qk ? permuted_heads(t.name, model.config) : 0;
-    if (heads > 0 && (t.shape[0] % (2 * heads)) != 0) throw Error(Code::bad_weights, where + ": " + t.name, "rows do not divide into heads");
-    const std::string module = name.substr(0, name.rfind('.'));
-    if (is_quantized(t.type) && t.shape.size() != 2) throw Error(Code::unsupported, where + ": " + t.name, "quantized with other than two axes");
-    if (is_quantized(t.type) && static_cast<GgufType>(t.type) == GgufType::q8_0) quantization[module] = {{"group_size", 32}, {"bits", 8}};
-    if (!with_tensors) continue;
-    const bool norm = name.ends_with("norm.weight");
-    if (is_quantized(t.type)) add_quantized(t, module, heads, model.checkpoint.tensors);
-    else model.checkpoint.tensors.insert_or_assign(name, dense(t, file.mapped, heads, norm && family->second.norm_plus_one, any_quantized));
+    const std::string name = mlx_name(t.name, architecture), at = where + ": " + shown_name(t.name);
+    if (name.empty()) throw Error(Code::unsupported, at, "a tensor that " + architecture + " does not have here");
+    if (is_quantized(t.type) && t.shape.size() != 2) throw Error(Code::unsupported, at, "quantized with other than two axes");
+    if (is_quantized(t.type) && !name.ends_with(".weight")) throw Error(Code::unsupported, at, "quantized, but no weight");
+    if (static_cast<GgufType>(t.type) == GgufType::q8_0) {
+      // Names are unique, and json's own insertion compares with every key before it.
+      quantization.get_ref<json::object_t&>().Container::emplace_back(name.substr(0, name.rfind('.')), json({{"group_size", 32}, {"bits", 8}}));
+    }
+    const int64_t heads = family->second.permuted_qk ? permuted_heads(t, model.config, where) : 0;
+    if (with_tensors) add_tensor(t, file, name, family->second, heads, any_quantized, model.checkpoint.tensors);
   }
   if (any_quantized) model.config["quantization"] = quantization;
   return model;

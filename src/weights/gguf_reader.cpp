@@ -1,9 +1,12 @@
 // Reading the GGUF container. Format: the ggml project's gguf specification.
 #include "weights/gguf_reader.h"
 
+#include <algorithm>
 #include <cstring>
+#include <unordered_set>
 
 #include "base/error.h"
+#include "weights/names.h"
 
 namespace mlxlm::weights {
 namespace {
@@ -83,17 +86,17 @@ BlockSize block_of(uint32_t type, const std::string& name, const std::string& wh
     case GgufType::q4_1: return {32, 20};
     case GgufType::q8_0: return {32, 34};
   }
-  throw Error(Code::unsupported, where + ": " + name, "got " + gguf_type_name(type) + ", wanted F32, F16, BF16, Q4_0, Q4_1 or Q8_0");
+  throw Error(Code::unsupported, where + ": " + shown_name(name), "got " + gguf_type_name(type) + ", wanted F32, F16, BF16, Q4_0, Q4_1 or Q8_0");
 }
 
 GgufTensor read_tensor(Reader& r) {
   GgufTensor t;
   t.name = r.text();
   const auto axes = r.number<uint32_t>();
-  if (axes == 0 || axes > 4) r.fail(t.name + ": got " + std::to_string(axes) + " axes, wanted 1 to 4");
+  if (axes == 0 || axes > 4) r.fail(shown_name(t.name) + ": got " + std::to_string(axes) + " axes, wanted 1 to 4");
   for (uint32_t i = 0; i < axes; ++i) {
     const auto dim = r.number<uint64_t>();
-    if (dim == 0 || dim > INT32_MAX) r.fail(t.name + ": an axis of " + std::to_string(dim));
+    if (dim == 0 || dim > INT32_MAX) r.fail(shown_name(t.name) + ": an axis of " + std::to_string(dim));
     t.shape.insert(t.shape.begin(), static_cast<int64_t>(dim));
   }
   t.type = r.number<uint32_t>();
@@ -105,13 +108,60 @@ uint64_t bytes_of(const GgufTensor& t, const std::string& where) {
   const BlockSize block = block_of(t.type, t.name, where);
   uint64_t count = 1, bytes = 0;
   for (const auto dim : t.shape) {
-    if (__builtin_mul_overflow(count, static_cast<uint64_t>(dim), &count)) throw Error(Code::bad_weights, where + ": " + t.name, "too large");
+    if (__builtin_mul_overflow(count, static_cast<uint64_t>(dim), &count)) throw Error(Code::bad_weights, where + ": " + shown_name(t.name), "too large");
   }
   if (static_cast<uint64_t>(t.shape.back()) % block.values != 0) {
-    throw Error(Code::bad_weights, where + ": " + t.name, "rows of " + std::to_string(t.shape.back()) + " are not whole blocks");
+    throw Error(Code::bad_weights, where + ": " + shown_name(t.name), "rows of " + std::to_string(t.shape.back()) + " are not whole blocks");
   }
-  if (__builtin_mul_overflow(count / block.values, block.bytes, &bytes)) throw Error(Code::bad_weights, where + ": " + t.name, "too large");
+  if (__builtin_mul_overflow(count / block.values, block.bytes, &bytes)) throw Error(Code::bad_weights, where + ": " + shown_name(t.name), "too large");
   return bytes;
+}
+
+void read_metadata(Reader& r, uint64_t count, GgufFile& file) {
+  std::unordered_set<std::string> keys;
+  for (uint64_t i = 0; i < count; ++i) {
+    std::string key = r.text();
+    const auto type = r.number<uint32_t>();
+    if (!keys.insert(key).second) r.fail("metadata " + shown_name(key) + " stands twice");
+    // Past the look-up of json's own insertion, which compares with every key before it.
+    file.metadata.get_ref<json::object_t&>().Container::emplace_back(std::move(key), r.value(type, 0));
+  }
+}
+
+void read_tensors(Reader& r, uint64_t count, GgufFile& file) {
+  std::unordered_set<std::string> names;
+  for (uint64_t i = 0; i < count; ++i) {
+    file.tensors.push_back(read_tensor(r));
+    const auto& name = file.tensors.back().name;
+    if (!names.insert(name).second) r.fail(shown_name(name) + ": stands twice");
+  }
+}
+
+/** Offsets become positions in the file. Overlaps are refused: each tensor is converted on its own, so a small file could ask for any memory. */
+void place_tensors(Reader& r, GgufFile& file) {
+  uint64_t alignment = 32;
+  if (const auto it = file.metadata.find("general.alignment"); it != file.metadata.end()) {
+    if (!it->is_number_unsigned() || it->get<uint64_t>() == 0 || it->get<uint64_t>() > 1 << 20) r.fail("general.alignment is out of range");
+    alignment = it->get<uint64_t>();
+  }
+  const uint64_t start = (r.position() + alignment - 1) / alignment * alignment;
+  std::vector<const GgufTensor*> by_place;
+  for (auto& t : file.tensors) {
+    t.bytes = bytes_of(t, file.mapped->path().string());
+    if (start > r.size() || t.file_offset > r.size() - start || t.bytes > r.size() - start - t.file_offset) {
+      r.fail(shown_name(t.name) + ": lies beyond the end of the file (is it truncated?)");
+    }
+    t.file_offset += start;
+    t.data = reinterpret_cast<const uint8_t*>(file.mapped->bytes().data()) + t.file_offset;
+    by_place.push_back(&t);
+  }
+  std::ranges::sort(by_place, {}, &GgufTensor::file_offset);
+  for (std::size_t i = 1; i < by_place.size(); ++i) {
+    const auto& before = *by_place[i - 1];
+    if (before.file_offset + before.bytes > by_place[i]->file_offset) {
+      r.fail(shown_name(by_place[i]->name) + ": overlaps " + shown_name(before.name));
+    }
+  }
 }
 
 }  // namespace
@@ -134,26 +184,9 @@ GgufFile read_gguf(const std::filesystem::path& path) {
   }
   const auto tensor_count = r.number<uint64_t>(), pair_count = r.number<uint64_t>();
   if (tensor_count > max_items || pair_count > max_items) r.fail("more tensors or metadata than a file can hold");
-  for (uint64_t i = 0; i < pair_count; ++i) {
-    const std::string key = r.text();
-    const auto type = r.number<uint32_t>();
-    file.metadata[key] = r.value(type, 0);
-  }
-  for (uint64_t i = 0; i < tensor_count; ++i) file.tensors.push_back(read_tensor(r));
-  uint64_t alignment = 32;
-  if (const auto it = file.metadata.find("general.alignment"); it != file.metadata.end()) {
-    if (!it->is_number_unsigned() || it->get<uint64_t>() == 0 || it->get<uint64_t>() > 1 << 20) r.fail("general.alignment is out of range");
-    alignment = it->get<uint64_t>();
-  }
-  const uint64_t start = (r.position() + alignment - 1) / alignment * alignment;
-  for (auto& t : file.tensors) {
-    const uint64_t bytes = bytes_of(t, path.string());
-    if (start > r.size() || t.file_offset > r.size() - start || bytes > r.size() - start - t.file_offset) {
-      r.fail(t.name + ": lies beyond the end of the file (is it truncated?)");
-    }
-    t.file_offset += start;
-    t.data = reinterpret_cast<const uint8_t*>(file.mapped->bytes().data()) + t.file_offset;
-  }
+  read_metadata(r, pair_count, file);
+  read_tensors(r, tensor_count, file);
+  place_tensors(r, file);
   return file;
 }
 

@@ -19,6 +19,7 @@ struct GgufTensor {
   uint32_t type = 0;
   const uint8_t* data = nullptr;
   uint64_t file_offset = 0;
+  uint64_t bytes = 0;
 };
 
 struct GgufFile {

@@ -2,6 +2,9 @@
 // pointer p is p - 8; for a mapping those bytes are file content, which MLX reads only to judge a donation that never happens here.
 #include "weights/mapped_array.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstring>
 
 namespace mlxlm::weights {
@@ -24,6 +27,13 @@ void adopt(mx::array& a, mx::allocator::Data data) {
 
 }  // namespace detail
 
+void release_pages(const MappedFile& file, uint64_t offset, uint64_t bytes) {
+  static const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<std::uintptr_t>(file.bytes().data()) + offset, end = begin + bytes;
+  const auto first = (begin + page - 1) / page * page, last = end / page * page;
+  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);  // only advice: a failure costs nothing but memory
+}
+
 mx::array mapped_array(const std::shared_ptr<const MappedFile>& file, uint64_t offset, const mx::Shape& shape, mx::Dtype dtype) {
   const std::byte* data = file->bytes().data() + offset;
   std::size_t bytes = mx::size_of(dtype);
@@ -36,7 +46,7 @@ mx::array mapped_array(const std::shared_ptr<const MappedFile>& file, uint64_t o
   }
   mx::array a(shape, dtype, nullptr, {});
   auto* before = const_cast<std::byte*>(data) - sizeof(std::size_t);
-  detail::adopt(a, mx::allocator::Data(mx::allocator::Buffer(before), [file](mx::allocator::Buffer) {}));
+  detail::adopt(a, mx::allocator::Data(mx::allocator::Buffer(before), [file, offset, bytes](mx::allocator::Buffer) { release_pages(*file, offset, bytes); }));
   return a;
 }
 

@@ -1,11 +1,13 @@
 // Rewrites of checkpoint names and tensors. Reference: the sanitize functions of mlx_lm/models
 #include <charconv>
 #include <optional>
+#include <stdexcept>
 
 #include <mlx/ops.h>
 
 #include "base/error.h"
 #include "base/text_util.h"
+#include "weights/names.h"
 #include "weights/weights.h"
 
 namespace mlxlm::weights {
@@ -19,27 +21,44 @@ struct Match {
   int index = -1;
 };
 
-bool match_from(std::string_view pattern, std::string_view text, Match& m) {
-  if (pattern.empty()) return text.empty();
-  if (pattern.starts_with("{e}")) {
-    std::size_t digits = 0;
-    while (digits < text.size() && digits < 9 && text[digits] >= '0' && text[digits] <= '9') ++digits;
-    if (digits == 0) return false;
-    std::from_chars(text.data(), text.data() + digits, m.index);
-    return match_from(pattern.substr(3), text.substr(digits), m);
-  }
-  if (pattern[0] != '*') return !text.empty() && text[0] == pattern[0] && match_from(pattern.substr(1), text.substr(1), m);
-  for (std::size_t taken = 0; taken <= text.size(); ++taken) {
-    m.stars.emplace_back(text.substr(0, taken));
-    if (match_from(pattern.substr(1), text.substr(taken), m)) return true;
-    m.stars.pop_back();
-  }
-  return false;
-}
-
+/** Each `*` takes as little as it can. Going back to the last star alone is enough: a longer earlier one never leaves more to match. */
 std::optional<Match> match(std::string_view pattern, std::string_view text) {
+  struct Star {
+    std::size_t begin, length;
+  };
+  std::vector<Star> stars;
+  std::size_t p = 0, t = 0, after_star = 0;
+  int index = -1, index_at_star = -1;
+  while (p < pattern.size() || t < text.size()) {
+    if (p < pattern.size() && pattern[p] == '*') {
+      stars.push_back({t, 0});
+      after_star = ++p;
+      index_at_star = index;
+      continue;
+    }
+    if (pattern.substr(p).starts_with("{e}")) {
+      constexpr std::size_t most_digits = 9;  // fits an int
+      std::size_t end = t;
+      while (end < text.size() && end - t < most_digits && text[end] >= '0' && text[end] <= '9') ++end;
+      if (end > t) {
+        std::from_chars(text.data() + t, text.data() + end, index);
+        p += 3;
+        t = end;
+        continue;
+      }
+    } else if (p < pattern.size() && t < text.size() && pattern[p] == text[t]) {
+      ++p;
+      ++t;
+      continue;
+    }
+    if (stars.empty() || ++stars.back().length > text.size() - stars.back().begin) return std::nullopt;
+    p = after_star;
+    t = stars.back().begin + stars.back().length;
+    index = index_at_star;
+  }
   Match m;
-  if (!match_from(pattern, text, m)) return std::nullopt;
+  m.index = index;
+  for (const auto& star : stars) m.stars.emplace_back(text.substr(star.begin, star.length));
   return m;
 }
 
@@ -57,35 +76,47 @@ void drop(Tensors& tensors, const Rule& rule) {
   std::erase_if(tensors, [&](const auto& item) { return glob_match(rule.from, item.first); });
 }
 
-void rename(Tensors& tensors, const Rule& rule) {
+/** `to(name)` for every tensor. Two names that become one contradict each other. */
+template <class To>
+void rename_all(Tensors& tensors, To&& to) {
   Tensors renamed;
-  for (auto& [name, value] : tensors) {
-    const auto m = match(rule.from, name);
-    renamed.insert_or_assign(m ? fill(rule.to, *m) : name, value);
+  for (const auto& [name, value] : tensors) {
+    const std::string target = to(name);
+    if (!renamed.emplace(target, value).second) throw Error(Code::bad_weights, shown_name(name), "stands for " + shown_name(target) + ", which is there too");
   }
   tensors = std::move(renamed);
 }
 
+void rename(Tensors& tensors, const Rule& rule) {
+  rename_all(tensors, [&](const std::string& name) {
+    const auto m = match(rule.from, name);
+    return m ? fill(rule.to, *m) : name;
+  });
+}
+
 void strip_prefix(Tensors& tensors, const Rule& rule) {
-  Tensors renamed;
-  for (auto& [name, value] : tensors) renamed.insert_or_assign(name.starts_with(rule.from) ? name.substr(rule.from.size()) : name, value);
-  tensors = std::move(renamed);
+  rename_all(tensors, [&](const std::string& name) { return name.starts_with(rule.from) ? name.substr(rule.from.size()) : name; });
 }
 
 void stack(Tensors& tensors, const Rule& rule) {
   std::map<std::string, std::map<int, std::string>> groups;
   for (const auto& [name, value] : tensors) {
-    if (const auto m = match(rule.from, name); m && m->index >= 0) groups[fill(rule.to, *m)][m->index] = name;
+    const auto m = match(rule.from, name);
+    if (!m || m->index < 0) continue;
+    const auto [at, added] = groups[fill(rule.to, *m)].emplace(m->index, name);
+    if (!added) throw Error(Code::bad_weights, shown_name(name), "is expert " + std::to_string(m->index) + " as is " + shown_name(at->second));
   }
   for (const auto& [target, members] : groups) {
+    if (tensors.contains(target)) throw Error(Code::bad_weights, shown_name(target), "stands beside single experts");
     std::vector<mx::array> parts;
     for (const auto& [index, name] : members) {
       if (index != static_cast<int>(parts.size())) {
-        throw Error(Code::bad_weights, target, "expert " + std::to_string(parts.size()) + " of " + name + " is missing");
+        throw Error(Code::bad_weights, shown_name(target),
+                    "expert " + std::to_string(parts.size()) + " is missing before " + shown_name(name));
       }
       const mx::array& part = tensors.at(name);
       if (!parts.empty() && (part.shape() != parts[0].shape() || part.dtype() != parts[0].dtype())) {
-        throw Error(Code::bad_weights, name, "has another shape or dtype than expert 0");
+        throw Error(Code::bad_weights, shown_name(name), "has another shape or dtype than expert 0");
       }
       parts.push_back(part);
     }
@@ -96,17 +127,21 @@ void stack(Tensors& tensors, const Rule& rule) {
 
 void conv_to_nlc(Tensors& tensors, const Rule& rule) {
   for (auto& [name, value] : tensors) {
-    if (glob_match(rule.from, name) && value.ndim() == 3 && value.shape(2) != 1) value = mx::moveaxis(value, 2, 1);
+    if (glob_match(rule.from, name) && value.ndim() == 3 && value.shape(1) == 1 && value.shape(2) != 1) value = mx::moveaxis(value, 2, 1);
   }
 }
 
 mx::array dequant_fp8(const mx::array& packed, const mx::array& scale_inv, const std::string& name) {
   constexpr int block = 128;
-  if (packed.ndim() != 2 || scale_inv.ndim() != 2) throw Error(Code::bad_weights, name, "fp8 blocks of other than two axes");
+  const auto bad = [&](const char* problem) { throw Error(Code::bad_weights, shown_name(name), problem); };
+  if (packed.dtype() != mx::uint8) bad("has inverse scales but is not fp8");
+  if (packed.ndim() != 2 || scale_inv.ndim() != 2 || packed.size() == 0) bad("fp8 blocks of other than two axes");
+  if (!mx::issubdtype(scale_inv.dtype(), mx::floating)) bad("fp8 scales that are no floats");
   const int m = packed.shape(0), n = packed.shape(1);
+  if (m > INT32_MAX - block || n > INT32_MAX - block) bad("fp8 blocks of too large an axis");
   const int down = (block - m % block) % block, right = (block - n % block) % block;
   const int bm = (m + down) / block, bn = (n + right) / block;
-  if (scale_inv.shape(0) != bm || scale_inv.shape(1) != bn) throw Error(Code::bad_weights, name, "fp8 scales do not fit 128x128 blocks");
+  if (scale_inv.shape(0) != bm || scale_inv.shape(1) != bn) bad("fp8 scales do not fit 128x128 blocks");
   auto w = mx::pad(mx::from_fp8(packed, mx::bfloat16), {{0, down}, {0, right}});
   w = mx::reshape(w, {bm, block, bn, block}) * mx::reshape(scale_inv, {bm, 1, bn, 1});
   return mx::astype(mx::slice(mx::reshape(w, {m + down, n + right}), {0, 0}, {m, n}), mx::bfloat16);
@@ -120,7 +155,7 @@ void dequant_blocks(Tensors& tensors, const Rule& rule) {
     const std::string weight = name.substr(0, name.size() - suffix.size());
     const auto it = tensors.find(weight);
     if (!glob_match(rule.from, weight) || it == tensors.end()) continue;
-    if (it->second.dtype() == mx::uint8) it->second = dequant_fp8(it->second, value, weight);
+    it->second = dequant_fp8(it->second, value, weight);
     done.push_back(name);
   }
   for (const auto& name : done) tensors.erase(name);
@@ -151,14 +186,16 @@ void absorb_one(Tensors& tensors, const std::string& path, const arch::Mla& mla)
   if (const auto scales = tensors.find(path + ".scales"); scales != tensors.end()) {
     const auto biases = tensors.find(path + ".biases");
     if (biases == tensors.end() || w.ndim() != 2 || scales->second.ndim() != 2 || scales->second.shape(1) == 0) {
-      throw Error(Code::bad_weights, path, "quantized without matching scales and biases");
+      throw Error(Code::bad_weights, shown_name(path), "quantized without matching scales and biases");
     }
-    bits = w.shape(1) * 32 / mla.kv_lora;
+    const auto whole_bits = int64_t(w.shape(1)) * 32 / mla.kv_lora;
     group_size = mla.kv_lora / scales->second.shape(1);
+    if (whole_bits < 2 || whole_bits > 8 || group_size < 1) throw Error(Code::bad_weights, shown_name(path), "codes and scales do not fit its shape");
+    bits = static_cast<int>(whole_bits);
     w = mx::dequantize(w, scales->second, biases->second, group_size, bits);
   }
   if (w.ndim() != 2 || w.shape(0) != mla.heads * (mla.nope_dim + mla.v_dim) || w.shape(1) != mla.kv_lora) {
-    throw Error(Code::bad_weights, path + ".weight", "wanted " + std::to_string(mla.heads * (mla.nope_dim + mla.v_dim)) + " rows of " +
+    throw Error(Code::bad_weights, shown_name(path) + ".weight", "wanted " + std::to_string(mla.heads * (mla.nope_dim + mla.v_dim)) + " rows of " +
                                                          std::to_string(mla.kv_lora));
   }
   w = mx::reshape(w, {mla.heads, mla.nope_dim + mla.v_dim, mla.kv_lora});
@@ -184,18 +221,26 @@ void absorb_mla(Tensors& tensors, const arch::Model& model) {
   }
 }
 
+void apply(Tensors& tensors, const Rule& rule, const arch::Model& model) {
+  switch (rule.kind) {
+    case Rule::drop: return drop(tensors, rule);
+    case Rule::rename: return rename(tensors, rule);
+    case Rule::stack: return stack(tensors, rule);
+    case Rule::conv_ncl_to_nlc: return conv_to_nlc(tensors, rule);
+    case Rule::dequant_blocks: return dequant_blocks(tensors, rule);
+    case Rule::absorb_mla: return absorb_mla(tensors, model);
+    case Rule::strip_prefix: return strip_prefix(tensors, rule);
+  }
+}
+
 }  // namespace
 
 void apply_rules(Tensors& tensors, const arch::Model& model) {
   for (const auto& rule : model.rules) {
-    switch (rule.kind) {
-      case Rule::drop: drop(tensors, rule); break;
-      case Rule::rename: rename(tensors, rule); break;
-      case Rule::stack: stack(tensors, rule); break;
-      case Rule::conv_ncl_to_nlc: conv_to_nlc(tensors, rule); break;
-      case Rule::dequant_blocks: dequant_blocks(tensors, rule); break;
-      case Rule::absorb_mla: absorb_mla(tensors, model); break;
-      case Rule::strip_prefix: strip_prefix(tensors, rule); break;
+    try {
+      apply(tensors, rule, model);
+    } catch (const std::invalid_argument& e) {  // MLX on shapes that it refuses
+      throw Error(Code::bad_weights, "rule for " + rule.from, shown_name(e.what()));
     }
   }
 }

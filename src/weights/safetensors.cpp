@@ -1,11 +1,10 @@
-// .safetensors files: checked headers, arrays over the mapping, atomic writing.
+// .safetensors files: arrays over the mapping, atomic writing.
 #include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <set>
 
 #include <mlx/device.h>
 #include <mlx/io.h>
@@ -16,115 +15,12 @@
 #include "base/files.h"
 #include "base/text_util.h"
 #include "weights/mapped_array.h"
+#include "weights/names.h"
+#include "weights/safetensors_header.h"
 #include "weights/weights.h"
 
 namespace mlxlm::weights {
 namespace {
-
-constexpr uint64_t max_header_bytes = 100'000'000;
-
-struct DtypeName {
-  const char* name;
-  mx::Dtype dtype;
-};
-
-const DtypeName dtypes[] = {{"BOOL", mx::bool_},      {"U8", mx::uint8},     {"I8", mx::int8},        {"U16", mx::uint16},
-                            {"I16", mx::int16},       {"U32", mx::uint32},   {"I32", mx::int32},      {"U64", mx::uint64},
-                            {"I64", mx::int64},       {"F16", mx::float16},  {"BF16", mx::bfloat16},  {"F32", mx::float32},
-                            {"F8_E4M3", mx::uint8},   {"F8_E5M2", mx::uint8}, {"F8_E8M0", mx::uint8}};
-
-struct Entry {
-  TensorInfo info;
-  mx::Dtype dtype = mx::float32;
-  uint64_t begin = 0;  // in the data section
-};
-
-struct Header {
-  std::vector<Entry> entries;
-  json metadata = json::object();
-  uint64_t data_offset = 0;
-};
-
-[[noreturn]] void bad(const std::filesystem::path& file, const std::string& problem) {
-  throw Error(Code::bad_weights, file.string(), problem);
-}
-
-uint64_t unsigned_number(const json& value, const std::filesystem::path& file, const std::string& name) {
-  if (!value.is_number_unsigned()) bad(file, name + ": got " + to_text(value).substr(0, 60) + ", wanted a whole number");
-  return value.get<uint64_t>();
-}
-
-Entry read_entry(const std::filesystem::path& file, const std::string& name, const json& value) {
-  if (!value.is_object() || !value.contains("dtype") || !value.contains("shape") || !value.contains("data_offsets")) {
-    bad(file, name + ": wanted dtype, shape and data_offsets");
-  }
-  Entry entry;
-  entry.info.name = name;
-  if (!value["dtype"].is_string()) bad(file, name + ": dtype is not a string");
-  entry.info.dtype = value["dtype"].get<std::string>();
-  const auto* known = std::ranges::find(dtypes, entry.info.dtype, [](const DtypeName& d) { return std::string(d.name); });
-  if (known == std::end(dtypes)) bad(file, name + ": dtype " + entry.info.dtype + " is not known");
-  entry.dtype = known->dtype;
-  if (!value["shape"].is_array() || value["shape"].size() > 16) bad(file, name + ": shape is not a list of at most 16 sizes");
-  uint64_t count = 1;
-  for (const auto& item : value["shape"]) {
-    const uint64_t dim = unsigned_number(item, file, name + ": shape");
-    if (dim > INT32_MAX || __builtin_mul_overflow(count, dim, &count)) bad(file, name + ": shape is too large");
-    entry.info.shape.push_back(static_cast<int64_t>(dim));
-  }
-  const auto& offsets = value["data_offsets"];
-  if (!offsets.is_array() || offsets.size() != 2) bad(file, name + ": data_offsets is not a pair");
-  entry.begin = unsigned_number(offsets[0], file, name + ": data_offsets");
-  const uint64_t end = unsigned_number(offsets[1], file, name + ": data_offsets");
-  uint64_t wanted = 0;
-  if (__builtin_mul_overflow(count, uint64_t(mx::size_of(entry.dtype)), &wanted) || end < entry.begin || end - entry.begin != wanted) {
-    bad(file, name + ": got data_offsets [" + std::to_string(entry.begin) + ", " + std::to_string(end) + "], wanted " +
-                  std::to_string(wanted) + " bytes for its shape");
-  }
-  entry.info.bytes = static_cast<int64_t>(wanted);
-  return entry;
-}
-
-void check_layout(const std::filesystem::path& file, std::vector<Entry>& entries, uint64_t data_bytes) {
-  std::ranges::sort(entries, [](const Entry& a, const Entry& b) { return std::pair(a.begin, a.info.bytes) < std::pair(b.begin, b.info.bytes); });
-  uint64_t end = 0;
-  std::set<std::string> names;
-  for (const auto& entry : entries) {
-    if (!names.insert(entry.info.name).second) bad(file, entry.info.name + ": stands twice in the header");
-    if (entry.begin < end) bad(file, entry.info.name + ": overlaps the tensor before it");
-    end = entry.begin + static_cast<uint64_t>(entry.info.bytes);
-    if (end > data_bytes) {
-      bad(file, entry.info.name + ": ends at byte " + std::to_string(end) + " of the data, got only " + std::to_string(data_bytes) +
-                    " (is the file truncated?)");
-    }
-  }
-}
-
-Header read_header(const MappedFile& mapped) {
-  const auto& file = mapped.path();
-  const auto bytes = mapped.bytes();
-  if (bytes.size() < 8) bad(file, "got " + std::to_string(bytes.size()) + " bytes, wanted a safetensors header");
-  uint64_t length = 0;
-  std::memcpy(&length, bytes.data(), 8);
-  if (length > max_header_bytes || length > bytes.size() - 8) {
-    bad(file, "header of " + std::to_string(length) + " bytes, got a file of " + std::to_string(bytes.size()) + " (is it truncated?)");
-  }
-  json parsed;
-  try {
-    parsed = parse_json({reinterpret_cast<const char*>(bytes.data()) + 8, length}, file.string());
-  } catch (const Error& e) {
-    throw Error(Code::bad_weights, e.what());
-  }
-  if (!parsed.is_object()) bad(file, "header is not a JSON object");
-  Header header;
-  header.data_offset = 8 + length;
-  for (const auto& [name, value] : parsed.items()) {
-    if (name == "__metadata__") header.metadata = value;
-    else header.entries.push_back(read_entry(file, name, value));
-  }
-  check_layout(file, header.entries, bytes.size() - header.data_offset);
-  return header;
-}
 
 mx::Shape shape_of(const TensorInfo& info) {
   mx::Shape shape;
@@ -140,15 +36,11 @@ std::vector<std::filesystem::path> shards(const std::filesystem::path& folder) {
     if (glob_match("model*.safetensors", name)) files.push_back(item.path());
   }
   std::ranges::sort(files);
-  if (const auto index = folder / "model.safetensors.index.json"; std::filesystem::exists(index)) {
-    const json map = read_json_file(index);
-    if (map.is_object() && map.contains("weight_map") && map["weight_map"].is_object()) {
-      for (const auto& [tensor, file] : map["weight_map"].items()) {
-        if (!file.is_string()) throw Error(Code::bad_weights, index.string(), tensor + ": wanted a file name");
-        const auto path = folder / std::filesystem::path(file.get<std::string>()).filename();
-        if (!std::filesystem::exists(path)) {
-          throw Error(Code::bad_weights, index.string(), "names " + path.filename().string() + ", which is missing");
-        }
+  if (const auto index = folder / "model.safetensors.index.json"; std::filesystem::exists(index, ignored)) {
+    for (const auto& file : read_shard_names(index)) {
+      const auto path = folder / std::filesystem::path(file).filename();
+      if (!std::filesystem::is_regular_file(path, ignored)) {
+        throw Error(Code::bad_weights, index.string(), "names " + shown_name(file) + ", which is missing");
       }
     }
   }
@@ -160,7 +52,7 @@ std::vector<std::filesystem::path> shards(const std::filesystem::path& folder) {
 
 Checkpoint load_safetensors(const std::filesystem::path& file) {
   const auto mapped = MappedFile::open(file);
-  const Header header = read_header(*mapped);
+  const auto header = read_safetensors_header(*mapped);
   Checkpoint checkpoint;
   checkpoint.metadata = header.metadata;
   checkpoint.file_bytes = static_cast<int64_t>(mapped->bytes().size());
@@ -182,7 +74,7 @@ Checkpoint load_folder(const std::filesystem::path& folder) {
     if (all.metadata.empty()) all.metadata = part.metadata;
     all.file_bytes += part.file_bytes;
     for (auto& [name, value] : part.tensors) {
-      if (!all.tensors.emplace(name, value).second) throw Error(Code::bad_weights, file.string(), name + ": stands in two files");
+      if (!all.tensors.emplace(name, value).second) throw Error(Code::bad_weights, file.string(), shown_name(name) + ": stands in two files");
     }
   }
   return all;
@@ -190,7 +82,7 @@ Checkpoint load_folder(const std::filesystem::path& folder) {
 
 std::vector<TensorInfo> list_safetensors(const std::filesystem::path& file) {
   std::vector<TensorInfo> list;
-  for (auto& entry : read_header(*MappedFile::open(file)).entries) list.push_back(std::move(entry.info));
+  for (auto& entry : read_safetensors_header(*MappedFile::open(file)).entries) list.push_back(std::move(entry.info));
   return list;
 }
 
@@ -203,16 +95,18 @@ std::vector<TensorInfo> list_folder(const std::filesystem::path& folder) {
 }
 
 void save_safetensors(const std::filesystem::path& file, const Tensors& tensors, const std::map<std::string, std::string>& metadata) {
+  const auto dtypes = safetensors_dtypes();
   json header = json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   uint64_t offset = 0;
   std::vector<mx::array> rows;
   for (const auto& [name, value] : tensors) {
     rows.push_back(mx::contiguous(value));
-    const auto* known = std::ranges::find(dtypes, value.dtype(), &DtypeName::dtype);
-    if (known == std::end(dtypes)) throw Error(Code::unsupported, file.string(), name + ": dtype cannot be stored");
-    header[name] = {{"dtype", known->name}, {"shape", std::vector<int>(value.shape().begin(), value.shape().end())},
-                    {"data_offsets", {offset, offset + value.nbytes()}}};
+    const auto known = std::ranges::find(dtypes, value.dtype(), &DtypeName::dtype);
+    if (known == dtypes.end()) throw Error(Code::unsupported, file.string(), shown_name(name) + ": dtype cannot be stored");
+    json entry = {{"dtype", known->name}, {"shape", std::vector<int>(value.shape().begin(), value.shape().end())},
+                  {"data_offsets", {offset, offset + value.nbytes()}}};
+    header.get_ref<json::object_t&>().Container::emplace_back(name, std::move(entry));  // json's own insertion compares with every key
     offset += value.nbytes();
   }
   std::string text = to_text(header);
@@ -245,6 +139,7 @@ void save_safetensors(const std::filesystem::path& file, const Tensors& tensors,
   for (auto& row : rows) {
     mx::eval(row);
     write_all(row.data<char>(), row.nbytes());
+    row = mx::array(0.f);  // lets go of a copy that was made for writing
   }
   if (::fsync(fd) != 0) {
     ::close(fd);

@@ -33,7 +33,7 @@ def generate_json(model, *args, **kwargs):
 
 def test_version_and_help():
     assert run("--version").stdout.strip()
-    for command in ("generate", "describe", "logits"):
+    for command in ("chat", "generate", "describe", "logits"):
         text = run(command, "--help").stdout
         assert "--model" in text and "Example" in text
     assert "[100]" in run("generate", "--help").stdout.replace("=", "[", 1) or "100" in run("generate", "--help").stdout
@@ -195,7 +195,7 @@ def test_logits_are_llama(model, tmp_path):
 def test_unknown_command():
     fails("generat", says="generate")
     fails("frobnicate", says="unknown command")
-    fails("chat", says="not supported yet")
+    fails("lora", says="not supported yet")
     fails()
 
 
@@ -221,7 +221,7 @@ def test_unknown_flag(model):
         (["--max-kv-size", "0"], "max_kv_size"),
         (["--seed", "-1"], "seed"),
         (["--image", "x.png"], "--image"),
-        (["--adapter-path", "x"], "--adapter-path"),
+        (["--adapter-path", "x"], "x: no such adapter folder"),
         (["--draft-model", "x"], "--draft-model"),
         (["-qa"], "--quantize-activations"),
         (["--extra-eos-token", "no such token"], "no such token"),

@@ -100,7 +100,7 @@ def test_bad_input(model, tmp_path):
     fails(*cache_prompt, "--prompt", "x", "--kv-bits", 4, says=["got 64", "32 numbers"])
     fails(*cache_prompt, "--prompt", "x", "--kv-bits", 4, "--kv-group-size", 30, says="got 30")
     fails(*cache_prompt, "--prompt", "x", "--max-kv-size", 0, says="max_kv_size")
-    fails(*cache_prompt, "--prompt", "x", "--adapter-path", "a", says="--adapter-path")
+    fails(*cache_prompt, "--prompt", "x", "--adapter-path", tmp_path / "a", says=str(tmp_path / "a"))
     assert not file.exists()
     fails("generate", "--model", other, "-p", "x", "--kv-bits", 4, "--kv-group-size", 32, says="16 numbers")
     fails("generate", "--prompt-cache-file", file, "-p", "x", says=str(file))

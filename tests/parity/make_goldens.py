@@ -12,7 +12,7 @@ Weights come from their names (tests/tiny_weights.h computes the same bits), so 
 
 and as metadata `case`, a JSON object: config, dtype, seed, crc32 (of all parameters as the model holds them, by sorted name), and where it
 applies rounding (error of the reference itself, for f16 and bf16), dense (modules left out of the quantization), without_head,
-checkpoint (shapes by stored name), stored_quantized (suffix of tensors that the checkpoint has quantized).
+checkpoint (shapes by stored name), stored_quantized (suffix of tensors that the checkpoint has quantized), adapter (type, scale, shapes).
 """
 import json
 import math
@@ -25,6 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes, quantize_model
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
@@ -162,9 +163,27 @@ def build(case):
         model, config = quantize_model(model, config, **case.pop("quantize"))
         config.pop("quantization_config", None)
     case["config"] = config
-    model.eval()
     mx.eval(model.parameters())
+    if "quantization" in config:
+        case["dense"] = dense_modules(model, config)
+    case["crc32"] = checksum(model)
+    if "adapter" in case:
+        adapt(model, case)
+    model.eval()
     return model
+
+
+def adapt(model, case):
+    """Trains nothing: the adapter's tensors come from their names, too."""
+    adapter = case["adapter"]
+    parameters = {"rank": 4, "scale": adapter["scale"], "dropout": 0.0, "keys": adapter["keys"]}
+    linear_to_lora_layers(model, adapter["layers"], parameters, use_dora=adapter["type"] == "dora")
+    shapes = {n: list(v.shape) for n, v in tree_flatten(model.parameters()) if n.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m")}
+    # As a norm's weight, m lies around 1.
+    named = lambda name: name + ".weight" if name.endswith(".m") else name
+    model.load_weights([(n, mx.array(tiny_weights(named(n), s, case["seed"]))) for n, s in shapes.items()], strict=False)
+    mx.eval(model.parameters())
+    adapter["shapes"] = shapes
 
 
 def dense_modules(model, config):
@@ -290,6 +309,12 @@ def cases():
         yield case(f"llama_rope_{kind}.f32", config)
     yield case("llama_traditional.f32", configs["llama"] | {"rope_traditional": True})
 
+    keys = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]
+    yield case("llama_lora.f32", "llama", adapter={"type": "lora", "scale": 2.0, "layers": 2, "keys": keys})
+    yield case("llama_lora.q4", "llama", quantize=affine(4, 32), adapter={"type": "lora", "scale": 2.0, "layers": 1, "keys": keys})
+    yield case("qwen2_dora.f32", "qwen2", adapter={"type": "dora", "scale": 1.5, "layers": 2, "keys": keys})
+    yield case("llama_dora.q4", "llama", quantize=affine(4, 32), adapter={"type": "dora", "scale": 1.5, "layers": 2, "keys": keys})
+
     yield case("gemma3_text_tied.f32", "gemma3_text", without_head=True)
     yield case("gemma3_text_tied.q4", "gemma3_text", without_head=True, quantize=affine(4, 32))
     yield case("qwen3_moe_published.f32", "qwen3_moe", published=published_qwen3_moe)
@@ -312,9 +337,6 @@ def main():
             continue
         model = build(case)
         golden = answers(model, case)
-        if "quantization" in case["config"]:
-            case["dense"] = dense_modules(model, case["config"])
-        case["crc32"] = checksum(model)
         mx.eval(golden)
         if case["dtype"] != "f32":
             case["rounding"] = rounding(model, case, golden)

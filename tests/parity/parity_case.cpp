@@ -1,17 +1,19 @@
 // Builds the models of golden files.
 #include "parity_case.h"
 
-#include <cstdlib>
-
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <fstream>
 #include <limits>
 #include <set>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <mlx/io.h>
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
+#include <unistd.h>
 
 #include "arch/registry.h"
 #include "base/error.h"
@@ -69,6 +71,24 @@ void quantize_all(weights::Tensors& tensors, const arch::Model& description, con
     const auto named = config.by_path.find(t.path);
     quantize(tensors, t.path, named != config.by_path.end() && named->second ? *named->second : *config.global);
   }
+}
+
+/** Through files, as a user gives an adapter. */
+weights::LowRanks adapter_of(const json& info, Checkpoint& made, uint32_t seed) {
+  const auto folder = fs::path(testing::TempDir()) / fmt::format("adapter-{}", getpid());
+  fs::create_directories(folder);
+  weights::Tensors tensors;
+  for (const auto& [name, shape] : info.at("shapes").items()) {
+    const std::string source = name.ends_with(".m") ? name + ".weight" : name;
+    tensors.insert_or_assign(name, generated(source, shape.get<std::vector<int>>(), seed));
+  }
+  weights::save_safetensors(folder / "adapters.safetensors", tensors);
+  const json config{{"fine_tune_type", info.at("type")}, {"num_layers", info.at("layers")}, {"lora_parameters", {{"rank", 4}, {"scale", info.at("scale")}}}};
+  std::ofstream(folder / "adapter_config.json") << config.dump();
+  auto adapters = weights::apply_adapter(folder, made.tensors, made.description);
+  for (auto& [path, adapter] : adapters) mx::eval(adapter.a, adapter.b);
+  fs::remove_all(folder);
+  return adapters;
 }
 
 }  // namespace
@@ -131,13 +151,14 @@ Checkpoint make_checkpoint(const json& config, const json& info) {
     mx::eval(value);
   }
   made.quant = weights::check(made.tensors, m, quantization, "golden");
+  if (info.contains("adapter")) made.adapters = adapter_of(info.at("adapter"), made, seed);
   return made;
 }
 
 std::unique_ptr<model::CausalModel> make_model(Checkpoint checkpoint) {
   const char* wanted = std::getenv("MLXLM_TEST_EXECUTOR");
   const auto executor = wanted != nullptr && std::string(wanted) == "graph" ? model::Executor::graph : model::Executor::best;
-  return model::make_model(std::move(checkpoint.description), std::move(checkpoint.tensors), checkpoint.quant, executor);
+  return model::make_model(std::move(checkpoint.description), std::move(checkpoint.tensors), checkpoint.quant, executor, checkpoint.adapters);
 }
 
 uint32_t checksum(const weights::Tensors& tensors) {

@@ -35,6 +35,7 @@ struct Checkpoint {
   arch::Model description;
   weights::Tensors tensors;
   std::map<std::string, plan::Quant> quant;  // what weights::check found
+  weights::LowRanks adapters{};
 };
 /** `config` and `info` as in Golden. Throws what the rooms throw. */
 Checkpoint make_checkpoint(const json& config, const json& info);

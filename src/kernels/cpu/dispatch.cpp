@@ -34,6 +34,12 @@ const Isa& isa() {
   return chosen;
 }
 
+namespace {
+Precision wanted_precision = Precision::standard;
+}
+void set_precision(Precision precision) { wanted_precision = precision; }
+Precision precision() { return wanted_precision; }
+
 std::string isa_name() { return isa().name; }
 
 bool active() { return mx::default_device() == mx::Device::cpu; }

@@ -26,10 +26,11 @@ class Form {
     a_.k = k;
     if (!w.quantized()) return;
     const int group = w.panels.group, groups = k / group;
-    const bool digits = !exact && isa().uses_digits && group <= 128 && group % 16 == 0;
+    const bool digits = !exact && precision() != Precision::exact && isa().uses_digits && group <= 128 && group % 16 == 0;
     a_.groups = groups;
     float* sums = sums_.get(int64_t(m) * groups);
     float* steps = digits ? steps_.get(int64_t(m) * groups) : nullptr;
+    a_.digit_count = precision() == Precision::fast ? 1 : 2;
     if (digits && static_cast<int64_t>(digits_.size()) < 2 * int64_t(m) * k) digits_.resize(2 * int64_t(m) * k + 64);
     a_.sums = a_.digit_sums = sums;
     a_.steps = steps;
@@ -43,7 +44,7 @@ class Form {
     const float* x = a_.x + int64_t(i) * a_.k;
     auto* sums = const_cast<float*>(a_.sums) + int64_t(i) * a_.groups;
     if (a_.digits == nullptr) return isa().group_sums(x, a_.k, group_, sums);
-    isa().make_digits(x, a_.k, group_, bits_, const_cast<int8_t*>(a_.digits) + 2 * int64_t(i) * a_.k,
+    isa().make_digits(x, a_.k, group_, bits_, a_.digit_count, const_cast<int8_t*>(a_.digits) + a_.digit_count * int64_t(i) * a_.k,
                       const_cast<float*>(a_.steps) + int64_t(i) * a_.groups, sums);
   }
   const Activations& view() const { return a_; }

@@ -98,22 +98,24 @@ class Tile {
   }
 
  private:
-  /** Rows [at, at + count) of a head as floats, padded with zeros to whole vectors and to 16 rows. */
-  const float* load_rows(FloatBuffer& buffer, const void* base, const QuantizedSpan* quantized, int dims, int width, int at, int count) const {
-    if (quantized != nullptr) return load_quantized(buffer, *quantized, width, at, count);
+  const uint8_t* stored_rows(const void* base, int dims, int at) const {
     const int64_t item = shape_.storage == Storage::f32 ? 4 : 2;
-    const auto* from = static_cast<const uint8_t*>(base) + (int64_t(kv_head_) * s_.capacity + at) * dims * item;
+    return static_cast<const uint8_t*>(base) + (int64_t(kv_head_) * s_.capacity + at) * dims * item;
+  }
+
+  /** Rows [at, at + count) of a head as floats, padded with zeros to whole vectors. */
+  const float* load_rows(FloatBuffer& buffer, const void* base, int dims, int width, int at, int count) const {
+    const int64_t item = shape_.storage == Storage::f32 ? 4 : 2;
+    const auto* from = stored_rows(base, dims, at);
     float* to = buffer.get(int64_t(attention_block) * width);
     if (dims == width) {
       isa().load(from, shape_.storage, to, int64_t(count) * dims);
-    } else {
-      for (int j = 0; j < count; ++j) {
-        isa().load(from + j * dims * item, shape_.storage, to + int64_t(j) * width, dims);
-        std::fill(to + int64_t(j) * width + dims, to + int64_t(j + 1) * width, 0.f);
-      }
+      return to;
     }
-    const int whole = (count + 15) / 16 * 16;
-    std::fill(to + int64_t(count) * width, to + int64_t(whole) * width, 0.f);
+    for (int j = 0; j < count; ++j) {
+      isa().load(from + j * dims * item, shape_.storage, to + int64_t(j) * width, dims);
+      std::fill(to + int64_t(j) * width + dims, to + int64_t(j + 1) * width, 0.f);
+    }
     return to;
   }
 
@@ -138,8 +140,20 @@ class Tile {
     w.block.reset(rows_, value_dims_);
     BlockAttention b{};
     b.q = w.q.get(0);
-    b.k = load_rows(w.k, s_.keys, s_.quantized_keys, shape_.key_dims, key_dims_, at, count);
-    b.v = load_rows(w.v, s_.values, s_.quantized_values, shape_.value_dims, value_dims_, at, count);
+    // Four rows use a key once: it is converted on the way. More of them share a conversion.
+    const bool quantized = s_.quantized_keys != nullptr;
+    const bool as_stored = !quantized && (rows_ <= 4 || shape_.storage == Storage::f32) && key_dims_ == shape_.key_dims && value_dims_ == shape_.value_dims;
+    b.storage = as_stored ? shape_.storage : Storage::f32;
+    if (as_stored) {
+      b.k = stored_rows(s_.keys, key_dims_, at);
+      b.v = stored_rows(s_.values, value_dims_, at);
+    } else if (quantized) {
+      b.k = load_quantized(w.k, *s_.quantized_keys, key_dims_, at, count);
+      b.v = load_quantized(w.v, *s_.quantized_values, value_dims_, at, count);
+    } else {
+      b.k = load_rows(w.k, s_.keys, shape_.key_dims, key_dims_, at, count);
+      b.v = load_rows(w.v, s_.values, shape_.value_dims, value_dims_, at, count);
+    }
     b.rows = rows_;
     b.keys = count;
     b.key_dims = key_dims_;

@@ -22,7 +22,8 @@ struct Panels {
 struct Activations {
   const float* x = nullptr;       // [m][k]
   const float* sums = nullptr;    // [m][groups] sum of x over each group
-  const int8_t* digits = nullptr; // [m][2][k]: x = step * (128 * high + low), permuted for 4-bit codes; null = use x
+  const int8_t* digits = nullptr;  // [m][2][k]: x = step * (128 * high + low), or [m][1][k]: x = step * high; permuted for 4-bit codes; null = use x
+  int digit_count = 2;
   const float* steps = nullptr;   // [m][groups]
   const float* digit_sums = nullptr;  // [m][groups] sum of the rounded x
   int k = 0, groups = 0;
@@ -47,7 +48,9 @@ constexpr int attention_block = 64;
 
 /** `rows` queries over one block of at most 64 keys. Dims are multiples of 16, padded with zeros; q is scaled. */
 struct BlockAttention {
-  const float *q, *k, *v;  // [rows][key_dims], [keys rounded up to 16][key_dims], [keys][value_dims]
+  const float* q;           // [rows][key_dims]
+  const void *k, *v;        // [keys][key_dims], [keys][value_dims]
+  Storage storage;          // of k and v
   int rows, keys, key_dims, value_dims;
   const int *first, *last;  // [rows]: a row sees keys [first, last) of the block
   float softcap;
@@ -70,7 +73,7 @@ struct Isa {
   /** c[m][0..16) of one panel for rows [m0, m0 + count), c has `ldc` floats a row. */
   void (*panel)(const Panels& p, const uint8_t* panel, const Activations& a, int m0, int count, float* c, int64_t ldc);
   /** Quantizes one row for the digits form. */
-  void (*make_digits)(const float* x, int k, int group, int bits, int8_t* digits, float* steps, float* sums);
+  void (*make_digits)(const float* x, int k, int group, int bits, int count, int8_t* digits, float* steps, float* sums);
   void (*group_sums)(const float* x, int k, int group, float* sums);
   /** c[m][n] for rows m of x [m][k] and `count` weight rows at w (at most 4). */
   void (*dense)(const void* w, Storage storage, int64_t row_stride, int count, const float* x, int m, int k, float* c, int64_t ldc);

@@ -196,11 +196,11 @@ inline __m512i broadcast(const int8_t* p) {
   return _mm512_set1_epi32(v);
 }
 
-/** Two digits of 8 bits for each activation: relative error about 4e-5, nearly as fast as one digit where memory is the limit. */
-template <int BITS, int R>
+/** Activations as integers a group: two digits (relative error about 4e-5, nearly as fast as one where memory is the limit) or one (5e-3). */
+template <int BITS, int R, int DIGITS>
 void panel_digits(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
   const int dwords = p.group * BITS / 32, groups = p.k / p.group;
-  const int64_t group_bytes = p.group_bytes(), row = 2 * int64_t(a.k);
+  const int64_t group_bytes = p.group_bytes(), row = DIGITS * int64_t(a.k);
   const __m512i low4 = _mm512_set1_epi8(15);
   __m512 total[R];
 #pragma GCC unroll 12
@@ -219,16 +219,16 @@ void panel_digits(const Panels& p, const uint8_t* panel, const Activations& a, i
         for (int i = 0; i < R; ++i) {
           const int8_t* xi = x + i * row + d * 8;
           high[i] = _mm512_dpbusd_epi32(high[i], even, broadcast(xi));
-          low[i] = _mm512_dpbusd_epi32(low[i], even, broadcast(xi + a.k));
+          if constexpr (DIGITS == 2) low[i] = _mm512_dpbusd_epi32(low[i], even, broadcast(xi + a.k));
           high[i] = _mm512_dpbusd_epi32(high[i], odd, broadcast(xi + 4));
-          low[i] = _mm512_dpbusd_epi32(low[i], odd, broadcast(xi + a.k + 4));
+          if constexpr (DIGITS == 2) low[i] = _mm512_dpbusd_epi32(low[i], odd, broadcast(xi + a.k + 4));
         }
       } else {
 #pragma GCC unroll 12
         for (int i = 0; i < R; ++i) {
           const int8_t* xi = x + i * row + d * 4;
           high[i] = _mm512_dpbusd_epi32(high[i], w, broadcast(xi));
-          low[i] = _mm512_dpbusd_epi32(low[i], w, broadcast(xi + a.k));
+          if constexpr (DIGITS == 2) low[i] = _mm512_dpbusd_epi32(low[i], w, broadcast(xi + a.k));
         }
       }
     }
@@ -236,8 +236,8 @@ void panel_digits(const Panels& p, const uint8_t* panel, const Activations& a, i
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i) {
       const int64_t at = int64_t(m0 + i) * a.groups + g;
-      const __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[i], 7), low[i]));
-      total[i] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, _mm512_set1_ps(a.steps[at])), total[i]);
+      const __m512i sum = DIGITS == 2 ? _mm512_add_epi32(_mm512_slli_epi32(high[i], 7), low[i]) : high[i];
+      total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(a.steps[at])), total[i]);
       total[i] = _mm512_fmadd_ps(bias, _mm512_set1_ps(a.digit_sums[at]), total[i]);
     }
   }
@@ -249,7 +249,8 @@ void panel_digits(const Panels& p, const uint8_t* panel, const Activations& a, i
 template <int BITS, int R>
 inline void panel_rows(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
 #if defined(__AVX512VNNI__)
-  if (a.digits != nullptr) return panel_digits<BITS, R>(p, panel, a, m0, c, ldc);
+  if (a.digits != nullptr && a.digit_count == 1) return panel_digits<BITS, R, 1>(p, panel, a, m0, c, ldc);
+  if (a.digits != nullptr) return panel_digits<BITS, R, 2>(p, panel, a, m0, c, ldc);
 #endif
   panel_exact<BITS, R>(p, panel, a, m0, c, ldc);
 }
@@ -257,6 +258,15 @@ inline void panel_rows(const Panels& p, const uint8_t* panel, const Activations&
 template <int BITS>
 void panel_bits(const Panels& p, const uint8_t* panel, const Activations& a, int m0, int count, float* c, int64_t ldc) {
   while (count > 0) {
+#if defined(__AVX512VNNI__)
+    if (count >= 12 && a.digits != nullptr && a.digit_count == 1) {
+      panel_digits<BITS, 12, 1>(p, panel, a, m0, c, ldc);
+      m0 += 12;
+      count -= 12;
+      c += 12 * ldc;
+      continue;
+    }
+#endif
     const int rows = count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
     if (rows == 8) panel_rows<BITS, 8>(p, panel, a, m0, c, ldc);
     else if (rows == 4) panel_rows<BITS, 4>(p, panel, a, m0, c, ldc);
@@ -274,8 +284,9 @@ void panel_kernel(const Panels& p, const uint8_t* panel, const Activations& a, i
 }
 
 #if defined(__AVX512VNNI__)
-void make_digits_kernel(const float* x, int k, int group, int bits, int8_t* digits, float* steps, float* sums) {
-  constexpr float most = 16256.f;  // 127 * 128
+void make_digits_kernel(const float* x, int k, int group, int bits, int count, int8_t* digits, float* steps, float* sums) {
+  const float most = count == 2 ? 16256.f : 127.f;  // 127 * 128
+  const int shift = count == 2 ? 7 : 0, half = count == 2 ? 64 : 0;
   // 4-bit codes: even elements of 8 stand in low nibbles, odd ones in high nibbles.
   const __m128i even_odd = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
   for (int g = 0; g < k / group; ++g) {
@@ -290,7 +301,7 @@ void make_digits_kernel(const float* x, int k, int group, int bits, int8_t* digi
     const float peak = _mm512_reduce_max_ps(peaks), step = peak / most;
     if (strange != 0) {  // a NaN or an infinite activation must reach the result
       memset(digits + g * group, 0, group);
-      memset(digits + k + g * group, 0, group);
+      if (count == 2) memset(digits + k + g * group, 0, group);
       steps[g] = sums[g] = NAN;
       continue;
     }
@@ -299,22 +310,22 @@ void make_digits_kernel(const float* x, int k, int group, int bits, int8_t* digi
     __m512i total = _mm512_setzero_si512();
     for (int i = 0; i < group; i += 16) {
       const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(xg + i), inverse));
-      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(half)), shift);
       total = _mm512_add_epi32(total, q);
-      __m128i h = _mm512_cvtepi32_epi8(high), l = _mm512_cvtepi32_epi8(_mm512_sub_epi32(q, _mm512_slli_epi32(high, 7)));
+      __m128i h = _mm512_cvtepi32_epi8(high), l = _mm512_cvtepi32_epi8(_mm512_sub_epi32(q, _mm512_slli_epi32(high, shift)));
       if (bits == 4) {
         h = _mm_shuffle_epi8(h, even_odd);
         l = _mm_shuffle_epi8(l, even_odd);
       }
       _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + g * group + i), h);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + k + g * group + i), l);
+      if (count == 2) _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + k + g * group + i), l);
     }
     steps[g] = step;
     sums[g] = step * float(_mm512_reduce_add_epi32(total));
   }
 }
 #else
-void make_digits_kernel(const float*, int, int, int, int8_t*, float*, float*) {}  // uses_digits is false
+void make_digits_kernel(const float*, int, int, int, int, int8_t*, float*, float*) {}  // uses_digits is false
 #endif
 
 void group_sums_kernel(const float* x, int k, int group, float* sums) {

@@ -23,21 +23,30 @@ inline F sums16(const F* v) {
          __builtin_shufflevector(w[0], w[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
-/** scores[r][0..64) = q[r] . k[j] for R rows (1, 2 or 4) and keys [0, keys rounded up to 16). `dims` is a multiple of 16. */
-template <int R>
-void block_scores(const float* const* q, const float* k, int keys, int dims, float* const* scores) {
+/** Rows of keys or values: floats in scratch memory, or as the cache stores them. */
+struct BlockRows {
+  const void* data;
+  int64_t stride;  // elements
+};
+
+/** scores[r][0..64) = q[r] . k[j] for R rows (1, 2 or 4) and keys [0, keys), rounded up to 16. `dims` is a multiple of 16. */
+template <Storage S, int R>
+void block_scores(const float* const* q, BlockRows k, int keys, int dims, float* const* scores) {
   constexpr int per = 16 / R;
   for (int j = 0; j < keys; j += per) {
     F acc[16];
+    int64_t at[per];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) acc[i] = F{};
+    // Beyond the last key its own row again: what comes of it is masked.
+    for (int n = 0; n < per; ++n) at[n] = (j + n < keys ? j + n : keys - 1) * k.stride;
     for (int d = 0; d < dims; d += 16) {
       F qv[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) qv[r] = load(q[r] + d);
 #pragma GCC unroll 16
       for (int n = 0; n < per; ++n) {
-        const F kv = load(k + int64_t(j + n) * dims + d);
+        const F kv = load_any(k.data, S, at[n] + d);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r * per + n] += qv[r] * kv;
       }
@@ -48,15 +57,15 @@ void block_scores(const float* const* q, const float* k, int keys, int dims, flo
 }
 
 /** out[r][0..dims) = sum_j p[r][j] * v[j]. */
-template <int R>
-void block_values(const float* const* p, const float* v, int keys, int dims, float* const* out) {
+template <Storage S, int R>
+void block_values(const float* const* p, BlockRows v, int keys, int dims, float* const* out) {
   int d = 0;
   for (; d + 64 <= dims; d += 64) {
     F acc[R][4];
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = F{};
     for (int j = 0; j < keys; ++j) {
-      const float* row = v + int64_t(j) * dims + d;
-      const F v0 = load(row), v1 = load(row + 16), v2 = load(row + 32), v3 = load(row + 48);
+      const int64_t at = j * v.stride + d;
+      const F v0 = load_any(v.data, S, at), v1 = load_any(v.data, S, at + 16), v2 = load_any(v.data, S, at + 32), v3 = load_any(v.data, S, at + 48);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const float w = p[r][j];
@@ -74,7 +83,7 @@ void block_values(const float* const* p, const float* v, int keys, int dims, flo
     F acc[R];
     for (int r = 0; r < R; ++r) acc[r] = F{};
     for (int j = 0; j < keys; ++j) {
-      const F row = load(v + int64_t(j) * dims + d);
+      const F row = load_any(v.data, S, j * v.stride + d);
       for (int r = 0; r < R; ++r) acc[r] += row * p[r][j];
     }
     for (int r = 0; r < R; ++r) store(out[r] + d, acc[r]);
@@ -117,7 +126,7 @@ void block_softmax(float* s, int keys, int first, int last, float softcap, float
   *total = any ? sum(t) : 0.f;
 }
 
-template <int R>
+template <Storage S, int R>
 void block_rows(const BlockAttention& b, int r0) {
   const float* q[R];
   float *s[R], *out[R];
@@ -128,29 +137,38 @@ void block_rows(const BlockAttention& b, int r0) {
     s[r] = b.scores + r * attention_block;
     out[r] = r0 + r < b.rows ? b.out + int64_t(r0 + r) * b.value_dims : b.spare;
   }
-  const int keys = (b.keys + 15) / 16 * 16;
-  block_scores<R>(q, b.k, keys, b.key_dims, s);
+  block_scores<S, R>(q, {b.k, b.key_dims}, b.keys, b.key_dims, s);
+  const int whole = (b.keys + 15) / 16 * 16;
   for (int r = 0; r < R && r0 + r < b.rows; ++r) {
-    block_softmax(s[r], keys, b.first[r0 + r], b.last[r0 + r], b.softcap, b.peaks + r0 + r, b.totals + r0 + r);
+    block_softmax(s[r], whole, b.first[r0 + r], b.last[r0 + r], b.softcap, b.peaks + r0 + r, b.totals + r0 + r);
   }
-  for (int r = 0; r < R && r0 + r >= b.rows; ++r) memset(s[r], 0, attention_block * 4);
-  block_values<R>(const_cast<const float* const*>(s), b.v, b.keys, b.value_dims, out);
+  for (int r = 0; r < R; ++r) {
+    if (r0 + r >= b.rows) memset(s[r], 0, attention_block * 4);
+  }
+  block_values<S, R>(const_cast<const float* const*>(s), {b.v, b.value_dims}, b.keys, b.value_dims, out);
 }
 
-void attention_block_kernel(const BlockAttention& b) {
+template <Storage S>
+void block_of(const BlockAttention& b) {
   for (int r = 0; r < b.rows;) {
     const int left = b.rows - r;
     if (left >= 3) {
-      block_rows<4>(b, r);
+      block_rows<S, 4>(b, r);
       r += 4;
     } else if (left == 2) {
-      block_rows<2>(b, r);
+      block_rows<S, 2>(b, r);
       r += 2;
     } else {
-      block_rows<1>(b, r);
+      block_rows<S, 1>(b, r);
       r += 1;
     }
   }
+}
+
+void attention_block_kernel(const BlockAttention& b) {
+  if (b.storage == Storage::f32) return block_of<Storage::f32>(b);
+  if (b.storage == Storage::f16) return block_of<Storage::f16>(b);
+  block_of<Storage::bf16>(b);
 }
 
 void merge_rows_kernel(float* peak, float* total, float* out, float new_peak, float new_total, const float* more, int dims) {

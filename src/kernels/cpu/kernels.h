@@ -12,6 +12,13 @@ namespace mlxlm::kernels::cpu {
 
 namespace mx = mlx::core;
 
+/** How products with quantized weights treat activations: as float32; as two 8-bit digits a group where the processor has dot products of bytes
+ *  (relative error 4e-5; float32 models stay exact); or as one digit (5e-3). The default is standard. */
+enum class Precision { exact, standard, fast };
+/** For the whole process; set before a model runs. */
+void set_precision(Precision precision);
+Precision precision();
+
 /** A weight matrix [N, K] (or stacked [X, N, K]) in the layout that the matmul kernels read. Immutable, shared. */
 class PackedMatrix;
 using PackedMatrixPtr = std::shared_ptr<const PackedMatrix>;

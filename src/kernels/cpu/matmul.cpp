@@ -27,12 +27,13 @@ struct Prepared {
     a.x = x.data();
     a.digits = nullptr;
     const bool quantized = w.quantized();
-    const bool use_digits = quantized && !exact && isa().uses_digits && w.panels.group <= 128;
+    const bool use_digits = quantized && !exact && precision() != Precision::exact && isa().uses_digits && w.panels.group <= 128;
     if (quantized) {
       a.groups = k / w.panels.group;
       sums.resize(int64_t(m) * a.groups);
       if (use_digits) {
-        digits.resize(2 * int64_t(m) * k);
+        a.digit_count = precision() == Precision::fast ? 1 : 2;
+        digits.resize(a.digit_count * int64_t(m) * k);
         steps.resize(int64_t(m) * a.groups);
       }
     }
@@ -43,7 +44,7 @@ struct Prepared {
         rows.load(i, xi);
         if (!quantized) continue;
         if (use_digits) {
-          isa().make_digits(xi, k, w.panels.group, w.panels.bits, digits.data() + 2 * i * k, steps.data() + i * a.groups,
+          isa().make_digits(xi, k, w.panels.group, w.panels.bits, a.digit_count, digits.data() + a.digit_count * i * k, steps.data() + i * a.groups,
                             sums.data() + i * a.groups);
         } else {
           isa().group_sums(xi, k, w.panels.group, sums.data() + i * a.groups);

@@ -148,7 +148,12 @@ Arena::Arena(int64_t bytes) : bytes_(bytes) {
   data_ = static_cast<uint8_t*>(std::aligned_alloc(alignment, size));
   if (data_ == nullptr) throw Error(Code::out_of_memory, "weights", "cannot reserve " + std::to_string(bytes >> 20) + " MiB");
 #if defined(MADV_HUGEPAGE)
-  if (large) madvise(data_, size, MADV_HUGEPAGE);
+  if (large) {
+    // The last large page only where most of it is used: half of one on average, for each matrix, is much of a small model.
+    const int64_t whole = size - bytes > bytes / 32 ? size - alignment : size;
+    madvise(data_, whole, MADV_HUGEPAGE);
+    if (whole < size) madvise(data_ + whole, size - whole, MADV_NOHUGEPAGE);
+  }
 #endif
 }
 

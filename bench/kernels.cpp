@@ -1,0 +1,85 @@
+// Kernel benchmarks: read bandwidth of this machine, and matrix products at the shapes of a model's layers. Weights are rotated past the caches.
+// Run by ./dev bench kernels; --benchmark_format=json for scripts.
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include <benchmark/benchmark.h>
+#include <mlx/ops.h>
+
+#include "base/thread_pool.h"
+#include "kernels/cpu/eager.h"
+
+namespace mlxlm {
+namespace {
+
+namespace cpu = kernels::cpu;
+namespace mx = mlx::core;
+
+/** All threads read a buffer of so many MB once. */
+void read_bandwidth(benchmark::State& state) {
+  const int64_t words = state.range(0) * (1 << 20) / 8;
+  const auto data = std::make_unique<int64_t[]>(words);
+  std::iota(data.get(), data.get() + words, 0);
+  auto& pool = compute_pool();
+  for (auto _ : state) {
+    pool.parallel_for(64, [&](int chunk, int) {
+      int64_t sums[8] = {};
+      for (int64_t i = words * chunk / 64; i + 8 <= words * (chunk + 1) / 64; i += 8) {
+        for (int l = 0; l < 8; ++l) sums[l] += data[i + l];
+      }
+      benchmark::DoNotOptimize(sums);
+    });
+  }
+  state.SetBytesProcessed(state.iterations() * words * 8);
+}
+BENCHMARK(read_bandwidth)->Arg(96)->Arg(1024)->UseRealTime()->Unit(benchmark::kMicrosecond);
+
+/** Any bits will do: a product's time does not depend on the values. */
+cpu::PackedMatrixPtr some_matrix(int rows, int k, int bits, int group) {
+  if (bits == 16) {
+    const std::vector<uint16_t> w(int64_t(rows) * k, 0x2E66);
+    return cpu::pack_dense({mx::array(reinterpret_cast<const mx::float16_t*>(w.data()), {rows, k})});
+  }
+  std::vector<uint32_t> words(int64_t(rows) * k * bits / 32);
+  for (std::size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(i * 2654435761u);
+  const std::vector<uint16_t> scales(int64_t(rows) * k / group, 0x2000);
+  const mx::Shape shape{rows, k / group};
+  const mx::array s(reinterpret_cast<const mx::float16_t*>(scales.data()), shape);
+  return cpu::pack_affine({mx::array(words.data(), {rows, k * bits / 32})}, {s}, {s}, bits, group);
+}
+
+/** rows, k, bits, group, m; bits 16 = dense float16. */
+void product(benchmark::State& state) {
+  const int rows = static_cast<int>(state.range(0)), k = static_cast<int>(state.range(1)), bits = static_cast<int>(state.range(2));
+  const int group = static_cast<int>(state.range(3)), m = static_cast<int>(state.range(4));
+  const auto first = some_matrix(rows, k, bits, group);
+  const int64_t bytes = cpu::packed_bytes(*first);
+  std::vector<cpu::EagerMap> maps;
+  const int copies = static_cast<int>(std::max<int64_t>(1, (int64_t(96) << 20) / bytes));
+  for (int i = 0; i < copies; ++i) maps.push_back({{{i == 0 ? first : some_matrix(rows, k, bits, group), {}}}, rows, k});
+  std::vector<float> x(int64_t(m) * k, 0.5f), out(int64_t(m) * rows);
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 97) / 97.f - 0.4f;
+  std::size_t next = 0;
+  for (auto _ : state) {
+    cpu::eager_map(maps[next], m, [&](int row, float* to) { std::copy_n(x.data() + int64_t(row) * k, k, to); }, false, out.data(), rows);
+    next = (next + 1) % maps.size();
+  }
+  state.SetBytesProcessed(state.iterations() * bytes);
+  state.counters["flops"] = benchmark::Counter(2.0 * rows * k * m, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+void shapes(benchmark::internal::Benchmark* b) {
+  b->ArgNames({"rows", "k", "bits", "group", "m"});
+  for (const int m : {1, 8, 32, 512}) {
+    b->Args({960, 576, 4, 32, m})->Args({3072, 576, 4, 32, m})->Args({576, 1536, 4, 32, m});
+    b->Args({8192, 2048, 4, 32, m})->Args({8192, 2048, 4, 64, m})->Args({8192, 2048, 8, 32, m})->Args({4096, 2048, 16, 0, m});
+  }
+}
+BENCHMARK(product)->Apply(shapes)->UseRealTime()->Unit(benchmark::kMicrosecond);
+
+}  // namespace
+}  // namespace mlxlm
+
+BENCHMARK_MAIN();
