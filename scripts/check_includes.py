@@ -16,7 +16,7 @@ MAY_INCLUDE = {
     "weights": {"base", "arch", "plan"},
     "kernels": {"base"},
     "nn": {"base", "arch", "plan", "kernels"},
-    "cache": {"base", "arch", "plan", "kernels", "nn"},
+    "cache": {"base", "arch", "plan", "weights", "kernels", "nn"},
     "model": {"base", "arch", "plan", "weights", "kernels", "nn", "cache"},
     "sample": {"base"},
     "gen": {"base", "arch", "plan", "weights", "kernels", "nn", "cache", "model", "sample", "text"},

@@ -8,44 +8,12 @@
 #include <mlx/transforms.h>
 
 #include "base/error.h"
-#include "kernels/cpu/kernels.h"
+#include "cache/quantized.h"
+#include "cache/rows.h"
 #include "plan/plan.h"
 
 namespace mlxlm::cache {
 namespace {
-
-constexpr int block_tokens = 256;
-
-mx::array rows(const mx::array& a, int from, int to) {
-  return mx::slice(a, {0, 0, from, 0}, {a.shape(0), a.shape(1), to, a.shape(3)});
-}
-
-mx::array zeros_like_rows(const mx::array& a, int count) { return mx::zeros({a.shape(0), a.shape(1), count, a.shape(3)}, a.dtype()); }
-
-/** buffer with x at [start, start + L); in place where we own the memory. */
-mx::array written(const mx::array& buffer, const mx::array& x, int start) {
-  if (kernels::cpu::active()) return kernels::cpu::write_rows(buffer, x, start);
-  return mx::slice_update(buffer, x, mx::Shape{0, 0, start, 0}, mx::Shape{x.shape(0), x.shape(1), start + x.shape(2), x.shape(3)});
-}
-
-/** buffer [B,K,C,E] with room for `wanted` tokens, of which `used` are kept. */
-mx::array grown(const std::optional<mx::array>& buffer, const mx::array& like, int used, int wanted) {
-  const int capacity = (wanted + block_tokens - 1) / block_tokens * block_tokens;
-  if (!buffer) return zeros_like_rows(like, capacity);
-  if (buffer->shape(2) >= wanted) return *buffer;
-  // Half as much again, so that a long run copies each token a bounded number of times.
-  const int target = std::max(capacity, (buffer->shape(2) * 3 / 2 + block_tokens - 1) / block_tokens * block_tokens);
-  const auto kept = rows(*buffer, 0, used);
-  return mx::contiguous(mx::concatenate({kept, zeros_like_rows(like, target - used)}, 2));
-}
-
-std::optional<mx::array> deep(const std::optional<mx::array>& a) {
-  if (!a) return std::nullopt;
-  // copy() of MLX may share memory; adding nothing does not.
-  auto copied = mx::add(*a, mx::zeros({1}, a->dtype()));
-  mx::eval(copied);
-  return copied;
-}
 
 mx::array new_buffer(int heads, int rows, int dims, mx::Dtype dtype) {
   const auto bytes = static_cast<std::size_t>(heads) * rows * dims * mx::size_of(dtype);
@@ -78,6 +46,12 @@ std::vector<mx::array> both(const std::optional<mx::array>& a, const std::option
 
 WritePlan AttentionCache::plan_write(int, const KvShape&) { throw Error(Code::internal, "cache", "this kind is not written by kernels"); }
 
+std::unique_ptr<AttentionCache> AttentionCache::quantized(int, int) const {
+  throw Error(Code::unsupported, "cache", "got a kind of cache that cannot be quantized");
+}
+
+Stored Cache::stored() const { throw Error(Code::unsupported, "prompt cache", "got a kind of cache that cannot be stored"); }
+
 void AttentionCache::settle() const {
   if (written_) mx::eval(*written_);
   written_.reset();
@@ -86,13 +60,21 @@ void AttentionCache::settle() const {
 std::pair<mx::array, mx::array> KvCache::update(const mx::array& k, const mx::array& v) {
   settle();
   const int end = offset_ + k.shape(2);
+  if (keys_ && keys_->dtype() != k.dtype()) keys_ = mx::astype(*keys_, k.dtype());  // from a file of another precision
+  if (values_ && values_->dtype() != v.dtype()) values_ = mx::astype(*values_, v.dtype());
   keys_ = written(grown(keys_, k, offset_, end), k, offset_);
   values_ = written(grown(values_, v, offset_, end), v, offset_);
   offset_ = end;
   return {rows(*keys_, 0, end), rows(*values_, 0, end)};
 }
 
+/** The stream runs in order, so it is enough that earlier writes are on their way: waiting would end the look-ahead of decoding. */
+void AttentionCache::schedule_writes() const {
+  if (written_ && written_->status() == mx::array::Status::unscheduled) mx::async_eval(*written_);
+}
+
 WritePlan KvCache::plan_write(int tokens, const KvShape& shape) {
+  schedule_writes();
   settle_in_memory(keys_, shape.dtype);
   settle_in_memory(values_, shape.dtype);
   const int end = offset_ + tokens, held = keys_ ? keys_->shape(2) : 0;
@@ -129,30 +111,35 @@ std::unique_ptr<Cache> KvCache::copy() const {
   return other;
 }
 
-RotatingKvCache::RotatingKvCache(int max_size_tokens, int keep_tokens) : max_size_(max_size_tokens), keep_(keep_tokens) {}
-
-/** The first `keep`, then the others from the oldest to the newest. */
-mx::array RotatingKvCache::temporal_order(const mx::array& v) const {
-  const int held = v.shape(2);
-  if (index_ == held) return v;
-  if (index_ < offset_) return mx::concatenate({rows(v, 0, keep_), rows(v, index_, held), rows(v, keep_, index_)}, 2);
-  return rows(v, 0, index_);
+std::unique_ptr<AttentionCache> KvCache::quantized(int bits, int group_size) const {
+  settle();
+  Planes planes;
+  if (keys_ && offset_ > 0) planes = quantize_rows(rows(*keys_, 0, offset_), rows(*values_, 0, offset_), bits, group_size);
+  return std::make_unique<QuantizedKvCache>(bits, group_size, std::move(planes), offset_);
 }
 
-/** Without the `count` oldest after the first `keep`. */
-mx::array RotatingKvCache::trimmed(int count, const mx::array& v, const mx::array* append) const {
-  std::vector<mx::array> parts;
-  if (count > 0) {
-    parts = {rows(v, 0, keep_), rows(v, count + keep_, v.shape(2))};
-  } else {
-    parts = {v};
-  }
-  if (append != nullptr) parts.push_back(*append);
-  return parts.size() == 1 ? parts[0] : mx::concatenate(parts, 2);
+Stored KvCache::stored() const {
+  settle();
+  Stored s{.kind = "KVCache", .arrays = {{"0", std::nullopt}, {"1", std::nullopt}}, .numbers = {{"2", offset_}}};
+  if (!keys_) return s;
+  s.arrays["0"] = rows(*keys_, 0, offset_);
+  s.arrays["1"] = rows(*values_, 0, offset_);
+  return s;
 }
+
+std::unique_ptr<KvCache> KvCache::restored(mx::array keys, mx::array values, int offset) {
+  auto made = std::make_unique<KvCache>();
+  made->keys_ = std::move(keys);
+  made->values_ = std::move(values);
+  made->offset_ = offset;
+  return made;
+}
+
+RotatingKvCache::RotatingKvCache(int max_size_tokens, int keep_tokens) { ring_ = {.max_size = max_size_tokens, .keep = keep_tokens}; }
 
 /** As the two branches of update(), in rows instead of arrays. */
 WritePlan RotatingKvCache::plan_write(int tokens, const KvShape& shape) {
+  schedule_writes();
   settle_in_memory(keys_, shape.dtype);
   settle_in_memory(values_, shape.dtype);
   auto plan = tokens > 1 ? plan_write_many(tokens, shape) : plan_write_one(shape);
@@ -164,16 +151,16 @@ WritePlan RotatingKvCache::plan_write(int tokens, const KvShape& shape) {
 WritePlan RotatingKvCache::plan_write_many(int tokens, const KvShape& shape) {
   std::vector<std::pair<int, int>> order;  // rows from the oldest to the newest
   const int held = keys_ ? keys_->shape(2) : 0;
-  if (keys_ && index_ == held) {
-    order = {{0, std::min(keep_, held)}, {std::min(keep_, held), held}};
-  } else if (keys_ && index_ < offset_) {
-    order = {{0, keep_}, {index_, held}, {keep_, index_}};
+  if (keys_ && ring_.index == held) {
+    order = {{0, std::min(ring_.keep, held)}, {std::min(ring_.keep, held), held}};
+  } else if (keys_ && ring_.index < ring_.offset) {
+    order = {{0, ring_.keep}, {ring_.index, held}, {ring_.keep, ring_.index}};
   } else if (keys_) {
-    order = {{0, std::min(keep_, index_)}, {std::min(keep_, index_), index_}};
+    order = {{0, std::min(ring_.keep, ring_.index)}, {std::min(ring_.keep, ring_.index), ring_.index}};
   }
   int kept = 0;
   for (const auto& [from, to] : order) kept += to - from;
-  int excess = std::max(0, kept - max_size_ + 1);  // each new token sees max_size tokens, itself included
+  int excess = std::max(0, kept - ring_.max_size + 1);  // each new token sees max_size tokens, itself included
   std::vector<WritePlan::Copy> copies;
   int at = 0;
   for (std::size_t i = 0; i < order.size(); ++i) {
@@ -187,92 +174,54 @@ WritePlan RotatingKvCache::plan_write_many(int tokens, const KvShape& shape) {
   auto plan = fresh_plan(shape, at + tokens, keys_, values_);
   plan.copies = std::move(copies);
   plan.write_at = at;
-  plan.visible_rows = index_ = at + tokens;
-  offset_ += tokens;
+  plan.visible_rows = ring_.index = at + tokens;
+  ring_.offset += tokens;
   return plan;
 }
 
 WritePlan RotatingKvCache::plan_write_one(const KvShape& shape) {
   int held = keys_ ? keys_->shape(2) : 0;
   std::optional<WritePlan> plan;
-  if (!keys_ || (offset_ >= held && held < max_size_)) {
-    plan = fresh_plan(shape, held + std::min(block_tokens, max_size_ - held), keys_, values_);
+  if (!keys_ || (ring_.offset >= held && held < ring_.max_size)) {
+    plan = fresh_plan(shape, held + std::min(block_tokens, ring_.max_size - held), keys_, values_);
     if (held > 0) plan->copies = {{0, 0, held}};
-    index_ = offset_;
-  } else if (const int excess = held - max_size_; excess > 0) {
-    plan = fresh_plan(shape, max_size_, keys_, values_);
-    if (keep_ > 0) plan->copies.push_back({0, 0, keep_});
-    plan->copies.push_back({excess + keep_, keep_, max_size_ - keep_});
-    index_ = max_size_;
+    ring_.index = ring_.offset;
+  } else if (const int excess = held - ring_.max_size; excess > 0) {
+    plan = fresh_plan(shape, ring_.max_size, keys_, values_);
+    if (ring_.keep > 0) plan->copies.push_back({0, 0, ring_.keep});
+    plan->copies.push_back({excess + ring_.keep, ring_.keep, ring_.max_size - ring_.keep});
+    ring_.index = ring_.max_size;
   } else {
     plan = WritePlan{*keys_, *values_};
   }
   held = plan->keys.shape(2);
-  if (index_ == max_size_) index_ = keep_;
-  plan->write_at = index_++;
-  ++offset_;
-  plan->visible_rows = offset_ < max_size_ ? offset_ : held;
+  if (ring_.index == ring_.max_size) ring_.index = ring_.keep;
+  plan->write_at = ring_.index++;
+  ++ring_.offset;
+  plan->visible_rows = ring_.offset < ring_.max_size ? ring_.offset : held;
   return *plan;
 }
 
 std::pair<mx::array, mx::array> RotatingKvCache::update(const mx::array& k, const mx::array& v) {
   settle();
-  const int length = k.shape(2);
-  if (length > 1) {
-    if (!keys_) {
-      // Copies: the arrays of the graph are not ours to write into later.
-      keys_ = mx::concatenate({k, zeros_like_rows(k, 0)}, 2);
-      values_ = mx::concatenate({v, zeros_like_rows(v, 0)}, 2);
-    } else {
-      keys_ = temporal_order(*keys_);
-      values_ = temporal_order(*values_);
-      // Each new token sees max_size tokens, itself included.
-      const int excess = keys_->shape(2) - max_size_ + 1;
-      keys_ = trimmed(excess, *keys_, &k);
-      values_ = trimmed(excess, *values_, &v);
-    }
-    offset_ += length;
-    index_ = keys_->shape(2);
-    return {*keys_, *values_};
-  }
-  const int held = keys_ ? keys_->shape(2) : 0;
-  if (!keys_ || (offset_ >= held && held < max_size_)) {
-    const int more = std::min(block_tokens, max_size_ - held);
-    const auto new_keys = zeros_like_rows(k, more), new_values = zeros_like_rows(v, more);
-    keys_ = keys_ ? mx::concatenate({*keys_, new_keys}, 2) : new_keys;
-    values_ = values_ ? mx::concatenate({*values_, new_values}, 2) : new_values;
-    index_ = offset_;
-  }
-  if (const int excess = keys_->shape(2) - max_size_; excess > 0) {
-    keys_ = trimmed(excess, *keys_, nullptr);
-    values_ = trimmed(excess, *values_, nullptr);
-    index_ = max_size_;
-  }
-  if (index_ == max_size_) index_ = keep_;
-  keys_ = written(mx::contiguous(*keys_), k, index_);
-  values_ = written(mx::contiguous(*values_), v, index_);
-  ++offset_;
-  ++index_;
-  if (offset_ < max_size_) return {rows(*keys_, 0, offset_), rows(*values_, 0, offset_)};
-  return {*keys_, *values_};
-}
-
-int RotatingKvCache::trim(int n) {
-  if (!trimmable()) return 0;
-  n = std::clamp(n, 0, offset_);
-  offset_ -= n;
-  index_ -= n;
-  return n;
+  Planes planes;
+  if (keys_) planes = {*keys_, *values_};
+  const auto seen = ring_.update(planes, {k, v});
+  keys_ = planes[0];
+  values_ = planes[1];
+  return {seen[0], seen[1]};
 }
 
 void RotatingKvCache::rewind(int n) {
   if (n == 0 || trim(n) == n) return;
-  if (n < 0 || n >= index_ || index_ != keys_->shape(2)) throw Error(Code::internal, "cache", "got tokens of an earlier call to take back");
+  if (n < 0 || n >= ring_.index || ring_.index != keys_->shape(2)) {
+    throw Error(Code::internal, "cache", "got tokens of an earlier call to take back");
+  }
   settle();
-  offset_ -= n;
-  index_ -= n;
-  keys_ = rows(*keys_, 0, index_);
-  values_ = rows(*values_, 0, index_);
+  ring_.offset -= n;
+  ring_.index -= n;
+  keys_ = rows(*keys_, 0, ring_.index);
+  values_ = rows(*values_, 0, ring_.index);
 }
 
 std::vector<mx::array> RotatingKvCache::state() const { return both(keys_, values_, written_); }
@@ -280,12 +229,39 @@ int64_t RotatingKvCache::bytes() const { return bytes_of(keys_) + bytes_of(value
 
 std::unique_ptr<Cache> RotatingKvCache::copy() const {
   settle();
-  auto other = std::make_unique<RotatingKvCache>(max_size_, keep_);
+  auto other = std::make_unique<RotatingKvCache>(ring_.max_size, ring_.keep);
   other->keys_ = deep(keys_);
   other->values_ = deep(values_);
-  other->offset_ = offset_;
-  other->index_ = index_;
+  other->ring_ = ring_;
   return other;
+}
+
+std::unique_ptr<AttentionCache> RotatingKvCache::quantized(int bits, int group_size) const {
+  settle();
+  Planes planes;
+  if (keys_) planes = quantize_rows(*keys_, *values_, bits, group_size);
+  return std::make_unique<QuantizedRotatingKvCache>(bits, group_size, ring_, std::move(planes));
+}
+
+Stored RotatingKvCache::stored() const {
+  settle();
+  return {.kind = "RotatingKVCache",
+          .arrays = {{"0", keys_}, {"1", values_}},
+          .numbers = {{"2", ring_.offset}, {"3", ring_.keep}, {"4", ring_.max_size}, {"5", ring_.index}}};
+}
+
+std::unique_ptr<RotatingKvCache> RotatingKvCache::restored(mx::array keys, mx::array values, const Ring& ring) {
+  auto made = std::make_unique<RotatingKvCache>(ring.max_size, ring.keep);
+  made->keys_ = std::move(keys);
+  made->values_ = std::move(values);
+  made->ring_ = ring;
+  return made;
+}
+
+Stored RecurrentCache::stored() const {
+  Stored s{.kind = "ArraysCache", .arrays = {{"1", std::nullopt}, {"2", std::nullopt}}, .numbers = {}};  // no padding, no lengths
+  for (std::size_t i = 0; i < slots_.size(); ++i) s.arrays["0." + std::to_string(i)] = slots_[i];
+  return s;
 }
 
 std::vector<mx::array> RecurrentCache::state() const {

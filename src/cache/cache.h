@@ -2,18 +2,28 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include <mlx/array.h>
 
 #include "arch/model.h"
+#include "cache/ring.h"
 
 namespace mlxlm::cache {
 
 namespace mx = mlx::core;
+
+/** A cache as prompt-cache files hold it: the reference's class name, and its state by path ("0.1" = second item of the first). */
+struct Stored {
+  std::string kind{};
+  std::map<std::string, std::optional<mx::array>> arrays{};  // nothing = None
+  std::map<std::string, int64_t> numbers{};
+};
 
 /** Thread: the one that owns MLX. */
 class Cache {
@@ -35,6 +45,8 @@ class Cache {
   virtual int64_t bytes() const = 0;
   /** A deep copy: later updates of either do not show in the other. */
   virtual std::unique_ptr<Cache> copy() const = 0;
+  /** Throws Error(unsupported) for kinds that have no place in a file. */
+  virtual Stored stored() const;
 };
 
 using CachePtr = std::unique_ptr<Cache>;
@@ -71,9 +83,18 @@ class AttentionCache : public Cache {
    *  for L > 1 the last L are the new ones; for L = 1 all S are visible. Advances offset by L. */
   virtual std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) = 0;
 
+  /** Tokens that a rotating cache keeps; 0 = all. */
+  virtual int max_size() const { return 0; }
+  /** Whether quantized() works and is not what this is already. */
+  virtual bool can_quantize() const { return false; }
+  /** The same tokens in a quantized cache. */
+  virtual std::unique_ptr<AttentionCache> quantized(int bits, int group_size) const;
+
  protected:
   /** Waits for writes that no array of the graph stands for. */
   void settle() const;
+  /** Sees to it that they come before what is scheduled next. */
+  void schedule_writes() const;
   mutable std::optional<mx::array> written_;
 };
 
@@ -89,6 +110,11 @@ class KvCache final : public AttentionCache {
   std::vector<mx::array> state() const override;
   int64_t bytes() const override;
   std::unique_ptr<Cache> copy() const override;
+  Stored stored() const override;
+  bool can_quantize() const override { return true; }
+  std::unique_ptr<AttentionCache> quantized(int bits, int group_size) const override;
+  /** The arrays must be the cache's own. */
+  static std::unique_ptr<KvCache> restored(mx::array keys, mx::array values, int offset);
 
  private:
   std::optional<mx::array> keys_, values_;  // [B,K,capacity,E]
@@ -102,26 +128,29 @@ class RotatingKvCache final : public AttentionCache {
   std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) override;
   bool plans_writes() const override { return true; }
   WritePlan plan_write(int tokens, const KvShape& shape) override;
-  int offset() const override { return offset_; }
-  bool trimmable() const override { return offset_ < max_size_; }
-  int trim(int n) override;
+  int offset() const override { return ring_.offset; }
+  bool trimmable() const override { return ring_.trimmable(); }
+  int trim(int n) override { return ring_.trim(n); }
   /** A call of several tokens leaves the window before it in place: its tokens can go even when the cache is full. */
-  bool can_rewind(int tokens, bool one_call) const override { return offset_ + tokens < max_size_ || (one_call && tokens > 1); }
+  bool can_rewind(int tokens, bool one_call) const override { return ring_.offset + tokens < ring_.max_size || (one_call && tokens > 1); }
   void rewind(int n) override;
   /** A window over a call of several tokens does not spare the first `keep`. */
-  bool one_call_agrees(int tokens) const override { return tokens == 1 || keep_ == 0 || offset_ + tokens <= max_size_; }
+  bool one_call_agrees(int tokens) const override { return ring_.one_call_agrees(tokens); }
   std::vector<mx::array> state() const override;
   int64_t bytes() const override;
   std::unique_ptr<Cache> copy() const override;
-  int max_size() const { return max_size_; }
+  int max_size() const override { return ring_.max_size; }
+  Stored stored() const override;
+  bool can_quantize() const override { return true; }
+  std::unique_ptr<AttentionCache> quantized(int bits, int group_size) const override;
+  /** The arrays must be the cache's own, and fit the ring (Ring::consistent). */
+  static std::unique_ptr<RotatingKvCache> restored(mx::array keys, mx::array values, const Ring& ring);
 
  private:
   WritePlan plan_write_many(int tokens, const KvShape& shape);
   WritePlan plan_write_one(const KvShape& shape);
-  mx::array temporal_order(const mx::array& v) const;
-  mx::array trimmed(int count, const mx::array& v, const mx::array* append) const;
   std::optional<mx::array> keys_, values_;
-  int max_size_, keep_, offset_ = 0, index_ = 0;
+  Ring ring_;
 };
 
 /** Fixed-size state of recurrent layers: slot 0 = convolution tail [B, conv-1, C], slot 1 = state. */
@@ -134,6 +163,8 @@ class RecurrentCache final : public Cache {
   std::vector<mx::array> state() const override;
   int64_t bytes() const override;
   std::unique_ptr<Cache> copy() const override;
+  Stored stored() const override;
+  int slots() const { return static_cast<int>(slots_.size()); }
   const std::optional<mx::array>& slot(int i) const { return slots_.at(i); }
   void set_slot(int i, mx::array value) { slots_.at(i) = std::move(value); }
   void advance(int tokens) { offset_ += tokens; }

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "api/session.h"
+#include "base/error.h"
 #include "kernels/cpu/kernels.h"
 
 namespace mlxlm::cli {
@@ -79,6 +80,11 @@ std::filesystem::path find_model(const std::string& path_or_repo) {
   line.clear();
   if (path_or_repo.empty()) fmt::print(stderr, "mlx-lm: no --model given, using {}\n", path.string());
   return path;
+}
+
+cache::Quantization kv_quantization(std::optional<int> bits, std::optional<int> group_size, int start_tokens) {
+  if (bits && *bits <= 0) throw Error(Code::bad_request, "kv_bits", fmt::format("got {}, wanted 2, 3, 4, 5, 6 or 8", *bits));
+  return {.bits = bits.value_or(0), .group_size = group_size.value_or(64), .start_tokens = start_tokens};
 }
 
 }  // namespace mlxlm::cli

@@ -3,10 +3,12 @@
 
 #include <atomic>
 #include <functional>
+#include <optional>
 #include <string>
 
 #include <CLI/CLI.hpp>
 
+#include "cache/quantized.h"
 #include "hub/hub.h"
 
 namespace mlxlm::cli {
@@ -17,6 +19,7 @@ using Action = std::function<int()>;
 void add_generate(CLI::App& app, Action& action);
 void add_chat(CLI::App& app, Action& action);
 void add_describe(CLI::App& app, Action& action);
+void add_cache_prompt(CLI::App& app, Action& action);
 void add_logits(CLI::App& app, Action& action);
 void add_benchmark(CLI::App& app, Action& action);
 
@@ -26,6 +29,9 @@ void set_cpu_precision(const std::string& value);
 
 /** The local path of --model (empty = the default model, named on stderr); downloads show their progress on a terminal. */
 std::filesystem::path find_model(const std::string& path_or_repo);
+
+/** --kv-bits, --kv-group-size and --quantized-kv-start. */
+cache::Quantization kv_quantization(std::optional<int> bits, std::optional<int> group_size, int start_tokens);
 
 /** A line on stderr that is written over; nothing unless stderr is a terminal. */
 class StatusLine {

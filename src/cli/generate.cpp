@@ -11,8 +11,10 @@
 #include "base/error.h"
 #include "base/thread_pool.h"
 #include "base/utf8.h"
+#include "cache/prompt_file.h"
 #include "cli/command.h"
 #include "gen/generate.h"
+#include "gen/memory.h"
 #include "gen/speculative.h"
 
 namespace mlxlm::cli {
@@ -27,10 +29,10 @@ struct Arguments {
   std::vector<std::string> extra_eos, images, stop;
   std::optional<std::string> system_prompt, prefill_response;
   bool trust_remote_code = false, ignore_chat_template = false, default_chat_template = false, quantize_activations = false, json = false;
-  int max_tokens = 100, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, kv_group_size = 64, quantized_kv_start = 5000,
+  int max_tokens = 100, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, quantized_kv_start = 5000,
       num_draft_tokens = 3, ngram_draft_tokens = 0, threads = 0;
   float temp = 0.f, top_p = 1.f, min_p = 0.f, xtc_probability = 0.f, xtc_threshold = 0.1f;
-  std::optional<int> max_kv_size, kv_bits;
+  std::optional<int> max_kv_size, kv_bits, kv_group_size;
   std::optional<int64_t> seed;
 };
 
@@ -38,8 +40,6 @@ void refuse_unsupported(const Arguments& a) {
   const auto refuse = [](bool given, const char* option, const char* why = "not supported yet") {
     if (given) throw Error(Code::unsupported, option, why);
   };
-  refuse(!a.prompt_cache_file.empty(), "--prompt-cache-file");
-  refuse(a.kv_bits.has_value(), "--kv-bits");
   refuse(a.quantize_activations, "--quantize-activations");
   refuse(!a.images.empty(), "--image", "the model takes text only, wanted no images");
 }
@@ -70,6 +70,19 @@ json template_variables(const std::string& text) {
   return variables;
 }
 
+/** The end of a templated prompt, from where the user's text begins: what comes before it is in the cache of --prompt-cache-file. */
+std::string without_cached(const text::Tokenizer& tokenizer, const std::string& whole, json messages, const text::TemplateOptions& options) {
+  const std::string mark = "<query>";
+  for (auto& message : messages) {
+    if (message["role"] == "user") message["content"] = mark;
+  }
+  const auto at = tokenizer.apply_chat_template(messages, options).find(mark);
+  if (at == std::string::npos || at > whole.size()) {
+    throw Error(Code::bad_template, "chat template", "does not show the message as it is, which --prompt-cache-file needs; wanted --ignore-chat-template");
+  }
+  return whole.substr(at);
+}
+
 std::vector<int> prompt_tokens(const Arguments& a, const text::Tokenizer& tokenizer, const std::string& text, const json& variables) {
   std::vector<int> tokens;
   if (!a.ignore_chat_template && tokenizer.has_chat_template()) {
@@ -84,12 +97,41 @@ std::vector<int> prompt_tokens(const Arguments& a, const text::Tokenizer& tokeni
     options.add_generation_prompt = !a.prefill_response;
     options.continue_final_message = a.prefill_response.has_value();
     options.extra = variables;
-    tokens = tokenizer.encode(tokenizer.apply_chat_template(messages, options), false);
+    auto whole = tokenizer.apply_chat_template(messages, options);
+    if (!a.prompt_cache_file.empty()) whole = without_cached(tokenizer, whole, messages, options);
+    tokens = tokenizer.encode(whole, false);
   } else {
     tokens = tokenizer.encode(text, true);
   }
   if (tokens.empty()) throw Error(Code::bad_request, "prompt", "got an empty text, wanted at least one token");
   return tokens;
+}
+
+/** The model that a prompt cache names, unless --model names it too. */
+std::string model_of_cache(const Arguments& a, const cache::PromptMetadata& metadata) {
+  const auto found = metadata.find("model");
+  const std::string named = found == metadata.end() ? "" : found->second;
+  if (a.model.empty() || named.empty() || a.model == named) return a.model.empty() ? named : a.model;
+  std::error_code ignored;
+  if (std::filesystem::equivalent(a.model, named, ignored)) return a.model;
+  throw Error(Code::bad_request, "--model", fmt::format("got {}, but {} was made with {}", a.model, a.prompt_cache_file, named));
+}
+
+/** cache_prompt --eos-token. */
+void add_cached_eos(text::Tokenizer& tokenizer, const cache::PromptMetadata& metadata) {
+  const auto found = metadata.find("tokenizer_config");
+  if (found == metadata.end()) return;
+  const auto config = parse_json(found->second, "tokenizer_config of the prompt cache");
+  if (config.is_object() && config.contains("eos_token") && config["eos_token"].is_string()) tokenizer.add_eos_token(config["eos_token"]);
+}
+
+/** The caches of --prompt-cache-file; none without it. */
+cache::Caches open_caches(const Arguments& a, const arch::Model& model) {
+  if (a.prompt_cache_file.empty()) return {};
+  gen::check_available_for(a.prompt_cache_file, static_cast<int64_t>(std::filesystem::file_size(a.prompt_cache_file)));
+  auto caches = cache::load_prompt_file(a.prompt_cache_file, model);
+  cache::check_prompt_quantization(caches, a.kv_bits.value_or(0), a.kv_group_size.value_or(0));
+  return caches;
 }
 
 /** What can be known before a model is loaded. */
@@ -118,6 +160,7 @@ gen::Options to_options(const Arguments& a) {
     throw Error(Code::bad_request, "prefill_step_size", fmt::format("got {}, wanted at least 1", a.prefill_step_size));
   }
   options.max_kv_size_tokens = a.max_kv_size.value_or(0);
+  options.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, a.quantized_kv_start);
   options.prefill_step_tokens = a.prefill_step_size;
   options.stop = a.stop;
   options.draft_tokens = a.num_draft_tokens;
@@ -172,7 +215,9 @@ int run(const Arguments& a) {
   if (a.threads > 0) set_compute_threads(a.threads);
 
   set_cpu_precision(a.cpu_precision);
-  const auto path = find_model(a.model);
+  cache::PromptMetadata cached;
+  if (!a.prompt_cache_file.empty()) cached = cache::read_prompt_metadata(a.prompt_cache_file);
+  const auto path = find_model(model_of_cache(a, cached));
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
   auto session = open_session(path, a.adapter_path);
@@ -183,6 +228,8 @@ int run(const Arguments& a) {
     options.draft_model = draft->loaded.model.get();
   }
   line.clear();
+  auto caches = open_caches(a, session.loaded.model->description());
+  add_cached_eos(session.tokenizer, cached);
   for (const auto& token : a.extra_eos) session.tokenizer.add_eos_token(token);
   const auto prompt = prompt_tokens(a, session.tokenizer, text, variables);
   const auto& eos = session.tokenizer.eos_token_ids();
@@ -213,7 +260,7 @@ int run(const Arguments& a) {
       if (std::fflush(stdout) != 0) throw Error(Code::io, "stdout", "could not be written");
     }
     return true;
-  });
+  }, a.prompt_cache_file.empty() ? nullptr : &caches);
   line.clear();
   if (a.json) {
     print_json(answer, tokens, last, path.string());
@@ -240,10 +287,10 @@ void add_sampling(CLI::App& c, Arguments& a) {
 void add_cache(CLI::App& c, Arguments& a) {
   c.add_option("--max-kv-size", a.max_kv_size, "Most tokens that the cache holds; unbounded when not given");
   c.add_option("--prefill-step-size", a.prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
-  c.add_option("--prompt-cache-file", a.prompt_cache_file, "Saved cache to continue from (not supported yet)");
+  c.add_option("--prompt-cache-file", a.prompt_cache_file, "Cache of the prompt's beginning, made by cache_prompt");
   c.add_flag("--quantize-activations", a.quantize_activations, "Quantize activations, also -qa (not supported yet)");
-  c.add_option("--kv-bits", a.kv_bits, "Bits of a quantized cache (not supported yet)");
-  c.add_option("--kv-group-size", a.kv_group_size, "Group size of a quantized cache")->capture_default_str();
+  c.add_option("--kv-bits", a.kv_bits, "Bits of a quantized cache: 2, 3, 4, 5, 6 or 8; not quantized when not given");
+  c.add_option("--kv-group-size", a.kv_group_size, "Group size of a quantized cache: 32, 64 or 128 [64]");
   c.add_option("--quantized-kv-start", a.quantized_kv_start, "Tokens before the cache is quantized")->capture_default_str();
   c.add_option("--draft-model", a.draft_model, "Smaller model with the same tokens that guesses ahead; the answer stays the model's own");
   c.add_option("--num-draft-tokens", a.num_draft_tokens, "Tokens that the draft model guesses at a time")->capture_default_str();

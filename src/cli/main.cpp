@@ -14,9 +14,9 @@ namespace {
 
 using namespace mlxlm;
 
-const std::vector<std::string> kCommands{"benchmark", "chat", "describe", "generate", "logits"};
+const std::vector<std::string> kCommands{"benchmark", "cache_prompt", "chat", "describe", "generate", "logits"};
 // Commands of the reference that are not written yet.
-const std::vector<std::string> kLater{"awq",  "cache_prompt", "convert",    "dwq",   "dynamic_quant", "evaluate", "fuse",  "gptq",
+const std::vector<std::string> kLater{"awq",  "convert",    "dwq",   "dynamic_quant", "evaluate", "fuse",  "gptq",
                                       "lora", "manage",       "perplexity", "serve", "server",        "share",    "upload"};
 
 int fail(std::string message, int status) {
@@ -46,6 +46,7 @@ int run(int argc, char** argv) {
   cli::add_chat(app, action);
   cli::add_describe(app, action);
   cli::add_logits(app, action);
+  cli::add_cache_prompt(app, action);
   cli::add_benchmark(app, action);
 
   std::vector<std::string> words;  // CLI11 wants them reversed

@@ -12,6 +12,7 @@
 #include <mlx/transforms.h>
 
 #include "base/error.h"
+#include "cache/prompt_file.h"
 #include "gen/memory.h"
 #include "gen/speculative.h"
 #include "text/stop_matcher.h"
@@ -34,6 +35,70 @@ bool on_gpu() {
 struct Told {
   std::optional<mx::array> logprob{}, logprobs{};
 };
+
+CacheSizes sizes_of(const Options& options, int value_bytes) {
+  return {options.max_kv_size_tokens, value_bytes, options.kv_quantization, options.prefill_step_tokens};
+}
+
+/** Throws unless `tokens` can be run, and what they add to `caches` fits into memory. */
+void check_prompt(const arch::Model& model, const std::vector<int>& prompt, const Options& options, const cache::Caches& caches) {
+  const int vocab = model.vocab;
+  if (prompt.empty()) throw Error(Code::bad_request, "prompt", "got no tokens, wanted at least one");
+  for (int token : prompt) {
+    if (token < 0 || token >= vocab) {
+      throw Error(Code::bad_request, "prompt", fmt::format("got token {}, wanted 0 to {} (the model's vocabulary)", token, vocab - 1));
+    }
+  }
+  if (options.prefill_step_tokens < 1) {
+    throw Error(Code::bad_request, "prefill_step_size", fmt::format("got {}, wanted at least 1", options.prefill_step_tokens));
+  }
+  if (options.max_kv_size_tokens < 0) {
+    throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted 0 (unbounded) or more", options.max_kv_size_tokens));
+  }
+  cache::check_quantization(model, options.kv_quantization);
+  if (on_gpu()) return;
+  // The dtype of an empty cache is not known yet: 2 bytes a number is the least it can be. check_growth() knows better after a chunk.
+  const int64_t tokens = static_cast<int64_t>(prompt.size()) + cache::prompt_tokens(caches);
+  const int bytes = value_bytes(caches);
+  check_available(cache_bytes(model, tokens, sizes_of(options, bytes > 0 ? bytes : 2)) - cache::total_bytes(caches), tokens);
+}
+
+/** After a chunk the caches tell what a number really takes. */
+void check_growth(const arch::Model& model, int64_t tokens_to_come, const Options& options, const cache::Caches& caches) {
+  const int bytes = value_bytes(caches);
+  if (on_gpu() || bytes == 0) return;
+  const int64_t tokens = tokens_to_come + cache::prompt_tokens(caches);
+  check_available(cache_bytes(model, tokens, sizes_of(options, bytes)) - cache::total_bytes(caches), tokens);
+}
+
+/** As in the reference, the last token of a prompt then sees what quantization left of the others, and all that a bounded cache holds. */
+bool last_token_alone(const Options& options, const cache::Caches& caches) {
+  if (options.kv_quantization.bits > 0 || options.max_kv_size_tokens > 0) return true;
+  return std::ranges::any_of(caches, [](const cache::CachePtr& c) {
+    const auto* attention = dynamic_cast<const cache::AttentionCache*>(c.get());
+    return attention != nullptr && attention->offset() > 0 && attention->max_size() > 0;
+  });
+}
+
+/** Runs all but the last token of a prompt, or, unless `whole`, all but what one more step takes; returns how many, or nothing when cancelled. */
+std::optional<int> run_chunks(model::CausalModel& model, const std::vector<int>& prompt, const Options& options, cache::Caches& caches, bool whole) {
+  const int total = static_cast<int>(prompt.size());
+  const int alone = last_token_alone(options, caches) ? 1 : 0, last = whole ? 0 : alone > 0 ? alone : options.prefill_step_tokens;
+  int processed = 0;
+  if (options.on_prefill) options.on_prefill(0, total);
+  while (total - processed > last) {
+    if (options.cancel && options.cancel->load(std::memory_order_relaxed)) return std::nullopt;
+    const int count = std::min(options.prefill_step_tokens, std::max(1, total - processed - alone));
+    model.run(mx::array(prompt.data() + processed, {count}, mx::int32), {{count, 0, &caches}});
+    cache::quantize_caches(caches, options.kv_quantization);
+    evaluate_state(caches);
+    mx::clear_cache();
+    processed += count;
+    check_growth(model.description(), total - processed, options, caches);
+    if (options.on_prefill && (processed < total || whole)) options.on_prefill(processed, total);
+  }
+  return processed;
+}
 
 /** A token that was sampled on the device. */
 struct Sampled {
@@ -84,7 +149,6 @@ class Generation {
   bool draft_and_check(Trail& trail, int last_token);
   mx::array normalized(const mx::array& logits) const;
   Told told(const mx::array& logprobs, const mx::array& token) const;
-  void check_growth(int processed) const;
   bool deliver(int token, const Told& told, bool from_draft);
   Response response(int token, const Told& told) const;
   Response finish(Response last, Finish reason);
@@ -109,37 +173,20 @@ class Generation {
   std::vector<int> history_;  // prompt and generated tokens, only for processors and drafts
   int count_ = 0;             // generated tokens
   int drafted_ = 0, accepted_ = 0;
+  int held_at_start_ = 0;     // speculation: tokens in the caches beside those of history_
   double prompt_s_ = 0;
   Clock::time_point decode_start_{};
 };
 
 void Generation::validate() const {
   const int vocab = model_.description().vocab;
-  if (prompt_.empty()) throw Error(Code::bad_request, "prompt", "got no tokens, wanted at least one");
-  for (int token : prompt_) {
-    if (token < 0 || token >= vocab) {
-      throw Error(Code::bad_request, "prompt", fmt::format("got token {}, wanted 0 to {} (the model's vocabulary)", token, vocab - 1));
-    }
-  }
   if (options_.max_tokens == 0 || options_.max_tokens < -1) {
     throw Error(Code::bad_request, "max_tokens", fmt::format("got {}, wanted at least 1, or -1 for no limit", options_.max_tokens));
   }
-  if (options_.prefill_step_tokens < 1) {
-    throw Error(Code::bad_request, "prefill_step_size", fmt::format("got {}, wanted at least 1", options_.prefill_step_tokens));
-  }
-  if (options_.max_kv_size_tokens < 0) {
-    throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted 0 (unbounded) or more", options_.max_kv_size_tokens));
-  }
   sample::check(options_.sampler, vocab);
   sample::check(options_.processors, vocab);
+  check_prompt(model_.description(), prompt_, options_, caches_);
   validate_drafts();
-  // The dtype of the cache is not known yet: 2 bytes a number is the least it can be. check_growth() knows better after a chunk.
-  if (!on_gpu()) {
-    const auto tokens = static_cast<int64_t>(prompt_.size());
-    int64_t needed = cache_bytes(model_.description(), tokens, options_.max_kv_size_tokens, 2);
-    if (options_.draft_model != nullptr) needed += cache_bytes(options_.draft_model->description(), tokens, options_.max_kv_size_tokens, 2);
-    check_available(needed, tokens);
-  }
 }
 
 void Generation::validate_drafts() const {
@@ -154,19 +201,10 @@ void Generation::validate_drafts() const {
   if (options_.draft_model != nullptr && ngram_tokens > 0) {
     throw Error(Code::bad_request, "ngram_draft_tokens", "got both it and a draft model, wanted one of them");
   }
-}
-
-/** After a chunk the caches tell what a token really takes. */
-void Generation::check_growth(int processed) const {
-  if (on_gpu()) return;
-  int64_t held = 0;
-  for (const auto& c : caches_) held += c ? c->bytes() : 0;
-  const auto total = static_cast<int64_t>(prompt_.size());
-  const auto planned_now = cache_bytes(model_.description(), processed, options_.max_kv_size_tokens, 1);
-  const auto planned_all = cache_bytes(model_.description(), total, options_.max_kv_size_tokens, 1);
-  if (planned_now <= 0) return;
-  const double bytes_per_value = std::clamp(static_cast<double>(held) / static_cast<double>(planned_now), 1.0, 4.0);
-  check_available(static_cast<int64_t>(bytes_per_value * static_cast<double>(planned_all - planned_now)), total);
+  if (options_.draft_model != nullptr && !on_gpu()) {
+    const auto tokens = static_cast<int64_t>(prompt_.size());
+    check_available(cache_bytes(options_.draft_model->description(), tokens, {.max_kv_size_tokens = options_.max_kv_size_tokens, .value_bytes = 2}), tokens);
+  }
 }
 
 /** Log-probabilities, unless only the maximum matters: normalizing does not move it. */
@@ -188,6 +226,7 @@ Told Generation::told(const mx::array& logprobs, const mx::array& token) const {
 
 Sampled Generation::step(const mx::array& tokens) {
   auto logits = model_.run(tokens, {{tokens.shape(0), 1, &caches_}});
+  cache::quantize_caches(caches_, options_.kv_quantization);
   if (options_.processors.any()) logits = sample::process(logits, history_, options_.processors);
   const auto logprobs = normalized(logits);
   const auto token = sampler_(logprobs);
@@ -197,31 +236,15 @@ Sampled Generation::step(const mx::array& tokens) {
 /** Runs the prompt and samples the first token; nothing when it was cancelled. */
 std::optional<Sampled> Generation::prefill() {
   const int total = static_cast<int>(prompt_.size());
-  const auto report = [&](int processed) {
-    if (options_.on_prefill) options_.on_prefill(processed, total);
-  };
-  report(0);
-  int processed = 0;
-  while (true) {
-    if (cancelled()) return std::nullopt;
-    const int count = std::min(options_.prefill_step_tokens, total - processed);
-    const mx::array chunk(prompt_.data() + processed, {count}, mx::int32);
-    processed += count;
-    if (processed == total) {
-      if (keeps_history()) history_ = prompt_;
-      Sampled first = step(chunk);
-      mx::eval(first.arrays());
-      mx::clear_cache();
-      if (drafter_) drafter_->read(prompt_, [this] { return cancelled(); });
-      report(total);
-      return first;
-    }
-    model_.run(chunk, {{count, 0, &caches_}});
-    evaluate_state(caches_);
-    mx::clear_cache();
-    check_growth(processed);
-    report(processed);
-  }
+  const auto processed = run_chunks(model_, prompt_, options_, caches_, false);
+  if (!processed || cancelled()) return std::nullopt;
+  if (keeps_history()) history_ = prompt_;
+  Sampled first = step(mx::array(prompt_.data() + *processed, {total - *processed}, mx::int32));
+  mx::eval(first.arrays());
+  mx::clear_cache();
+  if (drafter_) drafter_->read(prompt_, [this] { return cancelled(); });
+  if (options_.on_prefill) options_.on_prefill(total, total);
+  return first;
 }
 
 Response Generation::response(int token, const Told& told) const {
@@ -314,6 +337,7 @@ void Generation::decode(Sampled current) {
 
 void Generation::decode_speculatively(const Sampled& first) {
   Trail trail(model_, caches_);
+  held_at_start_ = cache::prompt_tokens(caches_) - static_cast<int>(history_.size());
   const int token = mx::array(first.token).item<int>();
   history_.push_back(token);
   bool more = deliver(token, first.told, false);
@@ -328,6 +352,10 @@ void Generation::decode_speculatively(const Sampled& first) {
 bool Generation::draft_and_check(Trail& trail, int last_token) {
   int most = options_.draft_model != nullptr ? options_.draft_tokens : options_.ngram_draft_tokens;
   if (options_.max_tokens >= 0) most = std::min(most, options_.max_tokens - count_ - 1);
+  // No call may cross the token from which on the caches are quantized.
+  const auto& quantization = options_.kv_quantization;
+  const int held = held_at_start_ + static_cast<int>(history_.size()) - 1;  // tokens in the caches
+  if (quantization.bits > 0 && held < quantization.start_tokens) most = std::min(most, quantization.start_tokens - held - 1);
   while (most > 0 && !trail.one_call_agrees(most + 1)) --most;
   const auto draft = most > 0 ? drafter_->propose(history_, most) : Draft{};
   const int drafted = static_cast<int>(draft.tokens.size());
@@ -358,10 +386,17 @@ bool Generation::draft_and_check(Trail& trail, int last_token) {
     more = deliver(token, told(row(logprobs, i), mx::array({token}, {1}, mx::int32)), last_is_held_);
   }
   trail.back_to(kept);
+  cache::quantize_caches(caches_, options_.kv_quantization);
   return more;
 }
 
 }  // namespace
+
+bool prefill(model::CausalModel& model, const std::vector<int>& prompt, const Options& options, cache::Caches& caches) {
+  check_prompt(model.description(), prompt, options, caches);
+  if (caches.empty()) caches = cache::make_caches(model.description(), options.max_kv_size_tokens);
+  return run_chunks(model, prompt, options, caches, true).has_value();
+}
 
 /** MLX's allocator does not see mapped and packed weights, which is where a CPU model lies. */
 double peak_memory_gb() {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cache/quantized.h"
 #include "model/causal_model.h"
 #include "sample/sample.h"
 #include "text/tokenizer.h"
@@ -20,6 +21,7 @@ struct Options {
   sample::ProcessorOptions processors{};
   int prefill_step_tokens = 2048;
   int max_kv_size_tokens = 0;  // 0 = unbounded
+  cache::Quantization kv_quantization{};
   std::vector<std::string> stop{};
   bool ignore_eos = false;
   bool want_logprob = false;   // of the chosen token; costs a logsumexp when greedy
@@ -51,6 +53,11 @@ struct Response {
 
 /** GB (1e9 bytes): on a GPU of MLX's allocator, on the CPU of the whole process. */
 double peak_memory_gb();
+
+/** Runs a prompt through `caches` (made when empty) without sampling anything: they then hold all its tokens. Of `options` it uses the prefill step,
+ *  the sizes and quantization of caches, on_prefill and cancel. Returns false when it was cancelled. Throws as stream_generate.
+ *  Reference: mlx_lm/cache_prompt.py, which generates 0 tokens */
+bool prefill(model::CausalModel& model, const std::vector<int>& prompt, const Options& options, cache::Caches& caches);
 
 /** Calls on_response once for each token, the end-of-text token included; the last call has `finish` set and the rest of the text.
  *  When on_response returns false, or `cancel` is set, generation ends with Finish::cancelled. `caches` may be given to continue from (they

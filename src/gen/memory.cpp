@@ -14,6 +14,8 @@
 
 namespace mlxlm::gen {
 
+namespace mx = mlx::core;
+
 namespace {
 
 std::optional<int64_t> read_number(const std::string& path) {
@@ -89,23 +91,56 @@ int64_t peak_resident_bytes() {
 #endif
 }
 
-int64_t cache_bytes(const arch::Model& model, int64_t tokens, int max_kv_size_tokens, int value_bytes) {
-  int64_t values = 0;
+namespace {
+
+/** Bytes of `tokens` tokens in the caches, quantized or not. */
+int64_t bytes_of(const arch::Model& model, int64_t tokens, const CacheSizes& sizes, bool quantized) {
+  const auto& q = sizes.quantization;
+  double bytes = 0;
   for (const auto& layer : plan::cache_layout(model)) {
     int64_t held = tokens;
     if (layer.kind == plan::CacheKind::rotating) held = std::min<int64_t>(held, layer.window_tokens);
-    if (max_kv_size_tokens > 0) held = std::min<int64_t>(held, max_kv_size_tokens);
-    values += layer.values_fixed + held * layer.values_per_token;
+    if (sizes.max_kv_size_tokens > 0) held = std::min<int64_t>(held, sizes.max_kv_size_tokens);
+    // A group has its codes, a scale and a bias.
+    const double per_value = quantized ? q.bits / 8.0 + 2.0 * sizes.value_bytes / q.group_size : sizes.value_bytes;
+    bytes += static_cast<double>(layer.values_fixed) * sizes.value_bytes + static_cast<double>(held) * static_cast<double>(layer.values_per_token) * per_value;
   }
-  return values * value_bytes;
+  return static_cast<int64_t>(std::min(bytes, 9e18));
+}
+
+}  // namespace
+
+int64_t cache_bytes(const arch::Model& model, int64_t tokens, const CacheSizes& sizes) {
+  const auto& q = sizes.quantization;
+  if (q.bits == 0 || tokens < q.start_tokens) return bytes_of(model, tokens, sizes, false);
+  const int64_t step = sizes.prefill_step_tokens > 0 ? sizes.prefill_step_tokens : tokens;
+  const int64_t as_floats = std::min<int64_t>(tokens, q.start_tokens + step);
+  return std::max(bytes_of(model, tokens, sizes, true), bytes_of(model, as_floats, sizes, false));
+}
+
+int value_bytes(const cache::Caches& caches) {
+  for (const auto& c : caches) {
+    if (!c) continue;
+    for (const auto& a : c->state()) {
+      if (mx::issubdtype(a.dtype(), mx::floating)) return static_cast<int>(mx::size_of(a.dtype()));
+    }
+  }
+  return 0;
 }
 
 void check_available(int64_t needed_bytes, int64_t tokens) {
   const auto free = available_bytes();
   if (!free || needed_bytes <= *free) return;
   throw Error(Code::out_of_memory, "prompt",
-              fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB; wanted a shorter prompt or a --max-kv-size",
+              fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB; wanted a shorter prompt, --kv-bits or a --max-kv-size",
                           tokens, static_cast<double>(needed_bytes) / 1e9, static_cast<double>(*free) / 1e9));
+}
+
+void check_available_for(const std::string& file, int64_t needed_bytes) {
+  const auto free = available_bytes();
+  if (!free || needed_bytes <= *free) return;
+  throw Error(Code::out_of_memory, file,
+              fmt::format("its caches need {:.3f} GB, available are {:.3f} GB", static_cast<double>(needed_bytes) / 1e9, static_cast<double>(*free) / 1e9));
 }
 
 }  // namespace mlxlm::gen

@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "arch/model.h"
+#include "cache/quantized.h"
 
 namespace mlxlm::gen {
 
@@ -15,10 +17,22 @@ std::optional<int64_t> available_bytes();
 /** The most memory that the process had resident, in bytes. */
 int64_t peak_resident_bytes();
 
-/** Bytes that the caches of `model` take for a context of `tokens` tokens, at `value_bytes` a number; max_kv_size_tokens 0 = unbounded. */
-int64_t cache_bytes(const arch::Model& model, int64_t tokens, int max_kv_size_tokens, int value_bytes);
+/** Bytes that the caches of `model` take at most while a context of `tokens` tokens is built up, at `value_bytes` a number; max_kv_size_tokens 0 =
+ *  unbounded. Quantized ones hold floats until they are converted: for `start_tokens`, and for a whole step of the prompt. */
+struct CacheSizes {
+  int max_kv_size_tokens = 0;
+  int value_bytes = 2;
+  cache::Quantization quantization{};
+  int prefill_step_tokens = 0;
+};
+int64_t cache_bytes(const arch::Model& model, int64_t tokens, const CacheSizes& sizes);
+
+/** Bytes of one number in caches that hold something, 0 for others. */
+int value_bytes(const cache::Caches& caches);
 
 /** Throws Error(out_of_memory) with both figures when `needed` exceeds what is available. */
 void check_available(int64_t needed_bytes, int64_t tokens);
+/** The same for a prompt-cache file. */
+void check_available_for(const std::string& file, int64_t needed_bytes);
 
 }  // namespace mlxlm::gen

@@ -6,6 +6,7 @@
 #include <mlx/ops.h>
 
 #include "base/error.h"
+#include "cache/quantized.h"
 #include "model/blocks.h"
 
 namespace mlxlm::model {
@@ -17,6 +18,18 @@ cache::AttentionCache* attention_cache(cache::Cache* cache) {
   auto* found = dynamic_cast<cache::AttentionCache*>(cache);
   if (found == nullptr) throw Error(Code::internal, "attention", "got the cache of another kind of layer");
   return found;
+}
+
+/** q [B,H,L,E] over what a cache holds with the new k and v -> [B,L,H*F]. */
+mx::array attend(const mx::array& q, mx::array k, mx::array v, cache::AttentionCache* held, float scale, int window, float softcap) {
+  auto* quantized = dynamic_cast<cache::QuantizedCache*>(held);
+  if (quantized != nullptr && kernels::cpu::active()) {
+    const auto rows = quantized->update_quantized(k, v);
+    const auto out = kernels::cpu::attention(q, rows.keys, rows.values, {.scale = scale, .window = window, .softcap = softcap});
+    return mx::reshape(out, {q.shape(0), q.shape(2), q.shape(1) * rows.values.dims()});
+  }
+  if (held != nullptr) std::tie(k, v) = held->update(k, v);
+  return nn::attention(q, k, v, scale, window, softcap);
 }
 
 class AttentionBlock final : public Mixer {
@@ -38,15 +51,12 @@ class AttentionBlock final : public Mixer {
     auto* held = attention_cache(cache);
     const int offset = held != nullptr ? held->offset() : 0;
     const auto queries = rotation_(heads(columns(qkv, 0, q), op_.heads, q_norm_), offset);
-    auto keys = rotation_(heads(columns(qkv, q, q + kv), op_.kv_heads, k_norm_), offset);
-    auto values = mx::transpose(split(columns(qkv, q + kv, q + 2 * kv), op_.kv_heads), {0, 2, 1, 3});
-    if (held != nullptr) std::tie(keys, values) = held->update(keys, values);
+    const auto keys = rotation_(heads(columns(qkv, q, q + kv), op_.kv_heads, k_norm_), offset);
+    const auto values = mx::transpose(split(columns(qkv, q + kv, q + 2 * kv), op_.kv_heads), {0, 2, 1, 3});
     // One new token sees all that a rotating cache holds.
-    const bool rotating = dynamic_cast<cache::RotatingKvCache*>(held) != nullptr;
     int window = op_.window.value_or(0);
-    if (rotating && length == 1) window = 0;
-    if (rotating && length > 1 && window == 0) window = static_cast<cache::RotatingKvCache*>(held)->max_size();
-    return nn::attention(queries, keys, values, scale_, window, op_.softcap);
+    if (const int kept = held != nullptr ? held->max_size() : 0; kept > 0) window = length == 1 ? 0 : window > 0 ? window : kept;
+    return attend(queries, keys, values, held, scale_, window, op_.softcap);
   }
 
  private:

@@ -222,8 +222,6 @@ def test_unknown_flag(model):
         (["--seed", "-1"], "seed"),
         (["--image", "x.png"], "--image"),
         (["--adapter-path", "x"], "x: no such adapter folder"),
-        (["--prompt-cache-file", "x"], "--prompt-cache-file"),
-        (["--kv-bits", "4"], "--kv-bits"),
         (["-qa"], "--quantize-activations"),
         (["--extra-eos-token", "no such token"], "no such token"),
         (["--chat-template-config", "{"], "--chat-template-config"),

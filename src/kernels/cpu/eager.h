@@ -62,6 +62,7 @@ struct EagerAttention {
   int64_t capacity = 0;
   int visible = 0;  // keys that the first token sees; each next one sees one more
   int window = 0;   // > 0: only the last so many of them
+  const QuantizedSpan *quantized_keys = nullptr, *quantized_values = nullptr;  // instead of keys and values: the first row of the first head
 };
 struct AttentionShape {
   int heads, kv_heads, key_dims, value_dims;

@@ -119,6 +119,18 @@ class Tile {
     return to;
   }
 
+  /** Quantized dims are multiples of 32. */
+  const float* load_quantized(FloatBuffer& buffer, QuantizedSpan span, int width, int at, int count) const {
+    float* to = buffer.get(int64_t(attention_block) * width);
+    const int64_t row = int64_t(kv_head_) * s_.capacity + at, item = span.storage == Storage::f32 ? 4 : 2;
+    span.packed += row * span.packed_stride;
+    span.scales = static_cast<const uint8_t*>(span.scales) + row * span.scale_stride * item;
+    span.biases = static_cast<const uint8_t*>(span.biases) + row * span.scale_stride * item;
+    isa().dequantize(span, count, to, width);
+    std::fill(to + int64_t(count) * width, to + int64_t((count + 15) / 16 * 16) * width, 0.f);
+    return to;
+  }
+
   void run_block(Workspace& w, int at, int count) const {
     int first[tile_rows], last[tile_rows];
     for (int r = 0; r < rows_; ++r) {
@@ -129,11 +141,15 @@ class Tile {
     BlockAttention b{};
     b.q = w.q.get(0);
     // Four rows use a key once: it is converted on the way. More of them share a conversion.
-    const bool as_stored = (rows_ <= 4 || shape_.storage == Storage::f32) && key_dims_ == shape_.key_dims && value_dims_ == shape_.value_dims;
+    const bool quantized = s_.quantized_keys != nullptr;
+    const bool as_stored = !quantized && (rows_ <= 4 || shape_.storage == Storage::f32) && key_dims_ == shape_.key_dims && value_dims_ == shape_.value_dims;
     b.storage = as_stored ? shape_.storage : Storage::f32;
     if (as_stored) {
       b.k = stored_rows(s_.keys, key_dims_, at);
       b.v = stored_rows(s_.values, value_dims_, at);
+    } else if (quantized) {
+      b.k = load_quantized(w.k, *s_.quantized_keys, key_dims_, at, count);
+      b.v = load_quantized(w.v, *s_.quantized_values, value_dims_, at, count);
     } else {
       b.k = load_rows(w.k, s_.keys, shape_.key_dims, key_dims_, at, count);
       b.v = load_rows(w.v, s_.values, shape_.value_dims, value_dims_, at, count);

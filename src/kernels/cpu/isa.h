@@ -58,6 +58,15 @@ struct BlockAttention {
   float *scores, *spare;        // 4 * 64, value_dims
 };
 
+/** Rows of affine quantized numbers: `bits` 2, 3, 4, 5, 6 or 8, as one little-endian stream of bits a row. */
+struct QuantizedSpan {
+  const uint8_t* packed = nullptr;
+  const void *scales = nullptr, *biases = nullptr;
+  Storage storage = Storage::f32;                 // of scales and biases
+  int64_t packed_stride = 0, scale_stride = 0;    // bytes, elements between rows
+  int bits = 0, group = 0, dims = 0;
+};
+
 struct Isa {
   const char* name;
   bool uses_digits;
@@ -76,6 +85,8 @@ struct Isa {
   void (*rope)(float* x, int heads, int width, const float* cosines, const float* sines, int pairs, bool traditional, float scale);
   /** x += scale * y */
   void (*add_scaled)(float* x, const float* y, float scale, int64_t count);
+  /** Rows [0, rows) as floats, `to_stride` apart. */
+  void (*dequantize)(const QuantizedSpan& span, int rows, float* to, int64_t to_stride);
   void (*load)(const void* from, Storage storage, float* to, int64_t count);
   void (*store)(const float* from, Storage storage, void* to, int64_t count);
   void (*rms_norm)(const float* x, const float* weight, float eps, int dims, float* out);  // weight may be null

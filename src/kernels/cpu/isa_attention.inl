@@ -185,3 +185,56 @@ void merge_rows_kernel(float* peak, float* total, float* out, float new_peak, fl
   *total = *total * a + new_total * b;
   for (int d = 0; d < dims; d += 16) store(out + d, load(out + d) * a + load(more + d) * b);
 }
+
+/** 16 codes of BITS bits, the first at p. */
+template <int BITS>
+inline F codes16(const uint8_t* p) {
+  U v;
+  if constexpr (BITS == 8) {
+    typedef uint8_t Bytes __attribute__((vector_size(16)));
+    Bytes b;
+    memcpy(&b, p, 16);
+    v = __builtin_convertvector(b, U);
+  } else if constexpr (BITS == 4) {
+    uint32_t w[2];
+    memcpy(w, p, 8);
+    const U words = {w[0], w[0], w[0], w[0], w[0], w[0], w[0], w[0], w[1], w[1], w[1], w[1], w[1], w[1], w[1], w[1]};
+    v = (words >> U{0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28}) & 15u;
+  } else if constexpr (BITS == 2) {
+    uint32_t w;
+    memcpy(&w, p, 4);
+    v = ((U{} + w) >> U{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) & 3u;
+  } else {
+    uint8_t t[2 * BITS + 1];  // a code lies within two bytes; the last one must not read past the row
+    memcpy(t, p, 2 * BITS);
+    t[2 * BITS] = 0;
+#pragma GCC unroll 16
+    for (int l = 0; l < 16; ++l) {
+      const int at = l * BITS;
+      v[l] = ((uint32_t(t[at / 8]) | uint32_t(t[at / 8 + 1]) << 8) >> (at % 8)) & ((1u << BITS) - 1u);
+    }
+  }
+  return __builtin_convertvector((I)v, F);
+}
+
+template <int BITS>
+void dequantize_rows(const QuantizedSpan& s, int rows, float* to, int64_t to_stride) {
+  for (int r = 0; r < rows; ++r, to += to_stride) {
+    const uint8_t* p = s.packed + r * s.packed_stride;
+    for (int g = 0; g < s.dims / s.group; ++g) {
+      const float scale = load_one(s.scales, s.storage, r * s.scale_stride + g), bias = load_one(s.biases, s.storage, r * s.scale_stride + g);
+      for (int d = 0; d < s.group; d += 16, p += 2 * BITS) store(to + g * s.group + d, codes16<BITS>(p) * scale + bias);
+    }
+  }
+}
+
+void dequantize_kernel(const QuantizedSpan& s, int rows, float* to, int64_t to_stride) {
+  switch (s.bits) {
+    case 2: return dequantize_rows<2>(s, rows, to, to_stride);
+    case 3: return dequantize_rows<3>(s, rows, to, to_stride);
+    case 4: return dequantize_rows<4>(s, rows, to, to_stride);
+    case 5: return dequantize_rows<5>(s, rows, to, to_stride);
+    case 6: return dequantize_rows<6>(s, rows, to, to_stride);
+    default: return dequantize_rows<8>(s, rows, to, to_stride);
+  }
+}

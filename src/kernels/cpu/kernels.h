@@ -74,6 +74,17 @@ struct AttentionOptions {
 /** q [B,H,L,E], k [B,K,S,E], v [B,K,S,F] (views allowed) -> [B,L,H,F]: ready for the output projection. */
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options);
 
+/** Rows of keys or values in MLX's affine quantization: uint32 [B,K,S,dims*bits/32], scales and biases [B,K,S,dims/group]. Views allowed. */
+struct QuantizedRows {
+  mx::array packed, scales, biases;
+  int bits, group_size;
+  int dims() const { return scales.shape(3) * group_size; }
+};
+/** The same over quantized rows, which are read as they lie: a block of keys at a time is dequantized on the way. */
+mx::array attention(const mx::array& q, const QuantizedRows& k, const QuantizedRows& v, const AttentionOptions& options);
+/** [B,K,S,dims] in the scales' dtype; by MLX where the CPU kernels do not run. */
+mx::array dequantize(const QuantizedRows& rows);
+
 /** True when the CPU kernels can run here (always on x86-64 and arm64 Linux; false where MLX's default device is a GPU). */
 bool active();
 

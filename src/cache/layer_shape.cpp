@@ -1,0 +1,31 @@
+// Shapes of what layers remember.
+#include "cache/layer_shape.h"
+
+namespace mlxlm::cache {
+namespace {
+
+void note(LayerShape& shape, const arch::Attention& op) { shape.kv = LayerShape::Kv{op.kv_heads, op.head_dim, op.head_dim}; }
+void note(LayerShape& shape, const arch::Mla& op) { shape.kv = LayerShape::Kv{1, op.kv_lora, op.rope_dim}; }
+void note(LayerShape& shape, const arch::Mamba2& op) {
+  const int inner = op.heads * op.head_dim;
+  shape.slots = {{1, op.conv - 1, inner + 2 * op.groups * op.state}, {1, op.heads, op.head_dim, op.state}};
+}
+template <class Other>
+void note(LayerShape&, const Other&) {}
+
+}  // namespace
+
+std::vector<LayerShape> layer_shapes(const arch::Model& model) {
+  const auto layout = plan::cache_layout(model);
+  std::vector<LayerShape> shapes;
+  for (std::size_t i = 0; i < layout.size(); ++i) {
+    LayerShape shape{.layer = layout[i]};
+    for (const auto& step : model.layers[i]) {
+      for (const auto& op : step.ops) std::visit([&](const auto& known) { note(shape, known); }, op);
+    }
+    shapes.push_back(std::move(shape));
+  }
+  return shapes;
+}
+
+}  // namespace mlxlm::cache

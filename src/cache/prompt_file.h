@@ -1,0 +1,40 @@
+// Prompt-cache files: caches on disk, in mlx_lm's layout. Reference: mlx_lm/models/cache.py save_prompt_cache, load_prompt_cache
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <string>
+
+#include "cache/cache.h"
+#include "cache/quantized.h"
+
+namespace mlxlm::cache {
+
+/** What the writer notes beside the caches; mlx_lm and this program write "model" (name or path) and "tokenizer_config" (JSON). */
+using PromptMetadata = std::map<std::string, std::string>;
+
+/** Writes beside `file` and renames. Layers that remember nothing have no entry, as in mlx_lm. Throws Error(io), Error(unsupported). */
+void save_prompt_file(const std::filesystem::path& file, const Caches& caches, PromptMetadata metadata);
+
+/** Reads the header only: which model a file is of, before that model is loaded. */
+PromptMetadata read_prompt_metadata(const std::filesystem::path& file);
+
+/** The caches of a file in the layout of mlx_lm 0.32 or in the one before it, in memory of their own: one a layer of `model`, null where a layer
+ *  remembers nothing.
+ *  Throws Error(bad_weights) when the file is broken, contradicts itself or is of a model with other shapes; Error(unsupported) for classes that
+ *  no model of this program uses. */
+Caches load_prompt_file(const std::filesystem::path& file, const arch::Model& model);
+
+/** Tokens that the caches have seen. */
+int prompt_tokens(const Caches& caches);
+/** Throws Error(bad_request) unless quantized caches have these bits and this group size; 0 = any. */
+void check_prompt_quantization(const Caches& caches, int bits, int group_size);
+
+/** Small helpers over all layers. */
+int64_t total_bytes(const Caches& caches);
+bool trimmable(const Caches& caches);
+/** Forgets the last n tokens of every layer; 0 and no change when a layer cannot. Returns how many were forgotten. */
+int trim(Caches& caches, int n);
+Caches copy(const Caches& caches);
+
+}  // namespace mlxlm::cache

@@ -1,0 +1,14 @@
+// What a file holds of a cache -> the cache. Part of cache/*.cpp only.
+#pragma once
+
+#include <string>
+
+#include "cache/cache.h"
+#include "cache/layer_shape.h"
+
+namespace mlxlm::cache {
+
+/** Checks everything that a kernel relies on. `where` begins every message. Throws Error(bad_weights), Error(unsupported). */
+CachePtr restore(const Stored& stored, const LayerShape& wanted, const std::string& where);
+
+}  // namespace mlxlm::cache

@@ -1,0 +1,248 @@
+// Prompt-cache files: what is written comes back, and whatever else a file says is one clear error.
+#include <filesystem>
+#include <fstream>
+#include <random>
+
+#include <gtest/gtest.h>
+#include <mlx/ops.h>
+#include <mlx/transforms.h>
+#include <unistd.h>
+
+#include "arch/config.h"
+#include "arch/registry.h"
+#include "base/error.h"
+#include "base/files.h"
+#include "cache/prompt_file.h"
+#include "weights/weights.h"
+
+namespace {
+
+using namespace mlxlm;
+namespace mx = mlx::core;
+namespace fs = std::filesystem;
+
+/** Two full layers and one with a window of 8: two heads of 32. */
+json config_of(int kv_heads = 2, int layers = 3) {
+  json kinds = json::array();
+  for (int i = 0; i < layers; ++i) kinds.push_back(i == 1 ? "sliding_attention" : "full_attention");
+  return {{"model_type", "llama"},          {"hidden_size", 64}, {"intermediate_size", 64}, {"num_hidden_layers", layers}, {"num_attention_heads", 4},
+          {"num_key_value_heads", kv_heads}, {"head_dim", 32},    {"rms_norm_eps", 1e-5},    {"vocab_size", 16},            {"rope_theta", 1e4},
+          {"sliding_window", 8},            {"layer_types", kinds}};
+}
+
+arch::Model model_of(const json& config) { return arch::build(arch::Config(config)); }
+arch::Model model() { return model_of(config_of()); }
+
+mx::array rows(int tokens, int seed) {
+  std::mt19937 random(seed);
+  std::vector<float> values(2 * tokens * 32);
+  for (auto& v : values) v = std::normal_distribution<float>()(random);
+  return mx::array(values.data(), {1, 2, tokens, 32}, mx::float32);
+}
+
+cache::Caches filled(int tokens) {
+  auto caches = cache::make_caches(model());
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    dynamic_cast<cache::AttentionCache&>(*caches[i]).update(rows(tokens, int(2 * i)), rows(tokens, int(2 * i + 1)));
+  }
+  return caches;
+}
+
+class PromptFile : public testing::Test {
+ protected:
+  PromptFile() : folder_(fs::temp_directory_path() / ("mlxlm-caches-" + std::to_string(::getpid()))) { fs::create_directories(folder_); }
+  ~PromptFile() override { fs::remove_all(folder_); }
+  fs::path file() const { return folder_ / "c.safetensors"; }
+
+  /** Loads tensors and metadata that a test changed. */
+  void rewrite(const std::function<void(weights::Tensors&, std::map<std::string, std::string>&)>& change, int tokens = 5, int kv_bits = 0) {
+    auto caches = filled(tokens);
+    cache::quantize_caches(caches, {.bits = kv_bits, .group_size = 32});
+    cache::save_prompt_file(file(), caches, {{"model", "m"}});
+    auto stored = weights::load_safetensors(file());
+    auto metadata = stored.metadata.get<std::map<std::string, std::string>>();
+    change(stored.tensors, metadata);
+    weights::save_safetensors(folder_ / "changed.safetensors", stored.tensors, metadata);
+  }
+  std::string error(const arch::Model& m = model()) const {
+    try {
+      cache::load_prompt_file(folder_ / "changed.safetensors", m);
+    } catch (const Error& e) {
+      EXPECT_EQ(std::string(e.what()).find('\n'), std::string::npos);
+      EXPECT_NE(e.code(), Code::internal) << e.what();
+      return e.what();
+    }
+    return "";
+  }
+  void expect_error(const std::string& part) const {
+    const auto message = error();
+    EXPECT_NE(message.find(part), std::string::npos) << "got: " << message << "\nwanted: " << part;
+  }
+  fs::path folder_;
+};
+
+/** The next keys that both give are the same bits. */
+void expect_same(cache::Caches& a, cache::Caches& b) {
+  ASSERT_EQ(a.size(), b.size());
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    auto &x = dynamic_cast<cache::AttentionCache&>(*a[i]), &y = dynamic_cast<cache::AttentionCache&>(*b[i]);
+    EXPECT_EQ(x.offset(), y.offset());
+    for (const int tokens : {1, 3, 1}) {
+      const auto p = x.update(rows(tokens, 7), rows(tokens, 8)), q = y.update(rows(tokens, 7), rows(tokens, 8));
+      EXPECT_TRUE(mx::array_equal(p.first, q.first).item<bool>() && mx::array_equal(p.second, q.second).item<bool>()) << "layer " << i;
+    }
+  }
+}
+
+TEST_F(PromptFile, ComesBack) {
+  for (const int tokens : {1, 5, 8, 21, 300}) {
+    for (const int bits : {0, 4}) {
+      auto caches = filled(tokens);
+      cache::quantize_caches(caches, {.bits = bits, .group_size = 32});
+      cache::save_prompt_file(file(), caches, {{"model", "org/name"}, {"tokenizer_config", "{}"}, {"note.more", "x"}});
+      auto loaded = cache::load_prompt_file(file(), model());
+      EXPECT_EQ(cache::prompt_tokens(loaded), tokens);
+      const auto metadata = cache::read_prompt_metadata(file());
+      EXPECT_EQ(metadata.at("model"), "org/name");
+      EXPECT_EQ(metadata.at("note.more"), "x");
+      expect_same(caches, loaded);
+    }
+  }
+  for (const auto& item : fs::directory_iterator(folder_)) EXPECT_EQ(item.path(), file()) << "left beside the file";
+}
+
+TEST_F(PromptFile, EmptyAndBoundedCachesComeBack) {
+  auto empty = cache::make_caches(model());
+  cache::save_prompt_file(file(), empty, {});
+  auto loaded = cache::load_prompt_file(file(), model());
+  expect_same(empty, loaded);
+  auto bounded = cache::make_caches(model(), 6);
+  for (auto& c : bounded) dynamic_cast<cache::AttentionCache&>(*c).update(rows(20, 1), rows(20, 2));
+  cache::save_prompt_file(file(), bounded, {});
+  loaded = cache::load_prompt_file(file(), model());
+  expect_same(bounded, loaded);
+}
+
+TEST_F(PromptFile, SavingReplacesTheFileOrLeavesIt) {
+  auto caches = filled(3);
+  cache::save_prompt_file(file(), caches, {});
+  const auto before = read_text_file(file());
+  EXPECT_THROW(cache::save_prompt_file(folder_ / "none" / "c.safetensors", caches, {}), Error);
+  caches.push_back(nullptr);
+  cache::save_prompt_file(file(), filled(4), {});
+  EXPECT_NE(read_text_file(file()), before);
+}
+
+/** Every length of a truncated file, and every changed byte of its header, is an error or a cache, never a crash. */
+TEST_F(PromptFile, BrokenFilesAreErrors) {
+  cache::save_prompt_file(file(), filled(2), {{"model", "m"}});
+  const auto whole = read_text_file(file());
+  uint64_t header = 0;
+  std::memcpy(&header, whole.data(), 8);
+  const auto load = [&](const std::string& bytes) {
+    std::ofstream(folder_ / "changed.safetensors", std::ios::binary) << bytes;
+    return error();
+  };
+  for (std::size_t size = 0; size < whole.size(); size += 1 + whole.size() / 60) EXPECT_FALSE(load(whole.substr(0, size)).empty()) << size << " bytes";
+  std::mt19937 random(1);
+  for (int i = 0; i < 300; ++i) {
+    auto bytes = whole;
+    bytes[8 + random() % header] = static_cast<char>(random());
+    if (load(bytes).empty()) {
+      auto caches = cache::load_prompt_file(folder_ / "changed.safetensors", model());
+      for (auto& c : caches) {
+        const auto seen = dynamic_cast<cache::AttentionCache&>(*c).update(rows(1, 1), rows(1, 2));
+        mx::eval(seen.first, seen.second);
+      }
+    }
+  }
+}
+
+TEST_F(PromptFile, OtherFilesAreNotPromptCaches) {
+  weights::save_safetensors(folder_ / "changed.safetensors", {{"model.norm.weight", rows(1, 1)}});
+  expect_error("prompt cache");
+  weights::save_safetensors(folder_ / "changed.safetensors", {{"model.norm.weight", rows(1, 1)}}, {{"format", "mlx"}});
+  expect_error("prompt cache");
+  EXPECT_THROW(cache::read_prompt_metadata(folder_ / "none.safetensors"), Error);
+}
+
+TEST_F(PromptFile, OtherModelsAreRefused) {
+  rewrite([](auto&, auto&) {});
+  EXPECT_EQ(error(), "");
+  EXPECT_NE(error(model_of(config_of(4))).find("wanted [1, 4, tokens, 32]"), std::string::npos) << error(model_of(config_of(4)));
+  EXPECT_NE(error(model_of(config_of(2, 4))).find("got caches of 3 layers, wanted 4"), std::string::npos);
+  auto narrow = config_of();
+  narrow["sliding_window"] = 4;
+  EXPECT_NE(error(model_of(narrow)).find("window"), std::string::npos);
+}
+
+using Tensors = weights::Tensors;
+using Strings = std::map<std::string, std::string>;
+
+TEST_F(PromptFile, HostileStatesAreRefused) {
+  const auto number = [](const char* path, int value) { return [=](Tensors& t, Strings&) { t.insert_or_assign(path, mx::array(value)); }; };
+  rewrite(number("0.2", 6));
+  expect_error("offset 6 is beyond the 5 tokens");
+  rewrite(number("0.2", -1));
+  expect_error("offset");
+  rewrite(number("0.2", 4));
+  expect_error("have seen 4 and 5 tokens");
+  for (const auto& [path, value] : {std::pair("1.5", 6), {"1.5", 3}, {"1.3", 8}, {"1.4", 0}, {"1.4", 4000}, {"1.2", 4}, {"1.2", 99}, {"1.2", INT32_MAX}}) {
+    rewrite(number(path, value));
+    EXPECT_NE(error(), "") << path << " = " << value;
+  }
+  for (const auto& [path, value] : {std::pair("0.3", 16), {"0.3", 0}, {"0.4", 7}, {"0.4", 8}, {"0.2", 6}, {"1.7", 1}, {"1.5", 9}}) {
+    rewrite(number(path, value), 5, 4);
+    EXPECT_NE(error(), "") << "quantized " << path << " = " << value;
+  }
+  rewrite([](Tensors& t, Strings&) { t.insert_or_assign("0.0.0", mx::astype(t.at("0.0.0"), mx::int32)); }, 5, 4);
+  expect_error("uint32");
+  rewrite([](Tensors& t, Strings&) { t.insert_or_assign("0.0.1", mx::slice(t.at("0.0.1"), {0, 0, 0, 0}, {1, 2, 3, 1})); }, 5, 4);
+  expect_error("differ in length");
+  rewrite([](Tensors& t, Strings&) { t.insert_or_assign("0.1", rows(4, 1)); });
+  expect_error("differ in length");
+  rewrite([](Tensors& t, Strings&) { t.insert_or_assign("0.0", mx::astype(t.at("0.0"), mx::int32)); });
+  expect_error("floats");
+  rewrite([](Tensors& t, Strings&) { t.erase("0.1"); });
+  expect_error("state 1 is missing");
+  rewrite([](Tensors& t, Strings&) { t.erase("1.4"); });
+  expect_error("max_size is missing");
+  rewrite([](Tensors& t, Strings&) { t.insert_or_assign("9.0", rows(1, 1)); });
+  expect_error("belongs to no cache");
+  rewrite([](Tensors& t, Strings&) { t.insert_or_assign("99999999999999999999.0", rows(1, 1)); });
+  expect_error("belongs to no cache");
+}
+
+TEST_F(PromptFile, HostileMetadataIsRefused) {
+  rewrite([](Tensors&, Strings& s) { s["1.0"] = "ChunkedKVCache"; });
+  expect_error("class 'ChunkedKVCache' is not supported");
+  rewrite([](Tensors&, Strings& s) { s["1.0"] = "ArraysCache"; });
+  expect_error("got a ArraysCache");
+  rewrite([](Tensors&, Strings& s) { s.erase("1.1"); });
+  EXPECT_NE(error(), "");
+  rewrite([](Tensors&, Strings& s) { s["1.7"] = "KVCache"; });
+  expect_error("gaps");
+  rewrite([](Tensors&, Strings& s) { s["7.0"] = "x"; });
+  expect_error("not that of a prompt cache");
+  rewrite([](Tensors&, Strings& s) { s["2.1.1"] = "list"; });
+  expect_error("not known");
+  rewrite([](Tensors&, Strings& s) { s.erase("2.1.1"); });
+  expect_error("has no type");
+  rewrite([](Tensors&, Strings& s) { s.erase("2.0"); });
+  EXPECT_NE(error(), "");
+}
+
+TEST(TrimAndCopy, WorkOverAllLayers) {
+  auto caches = filled(7);
+  EXPECT_TRUE(cache::trimmable(caches));
+  auto copied = cache::copy(caches);
+  EXPECT_EQ(cache::trim(caches, 3), 3);
+  EXPECT_EQ(cache::prompt_tokens(caches), 4);
+  EXPECT_EQ(cache::prompt_tokens(copied), 7);
+  auto longer = filled(9);  // the window has dropped one
+  EXPECT_FALSE(cache::trimmable(longer));
+  EXPECT_EQ(cache::trim(longer, 3), 0);
+  EXPECT_EQ(cache::prompt_tokens(longer), 9);
+}
+
+}  // namespace
