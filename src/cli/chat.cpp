@@ -37,26 +37,16 @@ constexpr const char* kHelp =
 
 /** The options as the command line spells them; defaults are the reference's. */
 struct Arguments {
-  std::string model, adapter_path, chat_template_config, prompt_cache_file, draft_model;
+  std::string model, adapter_path, chat_template_config, cpu_precision = "default";
   std::vector<std::string> extra_eos;
   std::optional<std::string> system_prompt;
-  bool trust_remote_code = false, pipeline = false, quantize_activations = false;
-  int max_tokens = 256, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, kv_group_size = 64, quantized_kv_start = 5000,
+  bool trust_remote_code = false, pipeline = false;
+  int max_tokens = 256, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, quantized_kv_start = 5000,
       threads = 0;
   float temp = 0.f, top_p = 1.f, min_p = 0.f, xtc_probability = 0.f, xtc_threshold = 0.1f;
-  std::optional<int> max_kv_size, kv_bits;
+  std::optional<int> max_kv_size, kv_bits, kv_group_size;
   int64_t seed = 0;
 };
-
-void refuse_unsupported(const Arguments& a) {
-  const auto refuse = [](bool given, const char* option) {
-    if (given) throw Error(Code::unsupported, option, "not supported yet");
-  };
-  refuse(!a.draft_model.empty(), "--draft-model");
-  refuse(!a.prompt_cache_file.empty(), "--prompt-cache-file");
-  refuse(a.kv_bits.has_value(), "--kv-bits");
-  refuse(a.quantize_activations, "--quantize-activations");
-}
 
 /** What can be known before a model is loaded. */
 gen::Options to_options(const Arguments& a) {
@@ -82,6 +72,7 @@ gen::Options to_options(const Arguments& a) {
                      .seed = static_cast<uint64_t>(a.seed)};
   sample::check(options.sampler);
   options.max_kv_size_tokens = a.max_kv_size.value_or(0);
+  options.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, a.quantized_kv_start);
   options.prefill_step_tokens = a.prefill_step_size;
   return options;
 }
@@ -320,10 +311,10 @@ int Repl::run() {
 }
 
 int run(const Arguments& a) {
-  refuse_unsupported(a);
   auto options = to_options(a);
   auto variables = template_variables(a.chat_template_config);
   if (a.threads > 0) set_compute_threads(a.threads);
+  set_cpu_precision(a.cpu_precision);
   const bool terminal = ::isatty(STDIN_FILENO) == 1 && ::isatty(STDOUT_FILENO) == 1;
 
   const auto path = find_model(a.model);
@@ -371,13 +362,11 @@ void add_options(CLI::App& c, Arguments& a) {
   c.add_option("--chat-template-config", a.chat_template_config, "JSON object of further variables for the chat template");
   c.add_option("--extra-eos-token", a.extra_eos, "Tokens, or their ids, that also end an answer");
   c.add_flag("--pipeline", a.pipeline, "Accepted for compatibility, without effect in one process");
+  add_cpu_precision(c, a.cpu_precision);
   c.add_option("--threads", a.threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
   c.add_option("--adapter-path", a.adapter_path, "Folder of a trained adapter (LoRA, DoRA or full)");
-  c.add_option("--prompt-cache-file", a.prompt_cache_file, "Saved cache to continue from (not supported yet)");
-  c.add_option("--draft-model", a.draft_model, "Model for speculative decoding (not supported yet)");
-  c.add_flag("--quantize-activations", a.quantize_activations, "Quantize activations, also -qa (not supported yet)");
-  c.add_option("--kv-bits", a.kv_bits, "Bits of a quantized cache (not supported yet)");
-  c.add_option("--kv-group-size", a.kv_group_size, "Group size of a quantized cache")->capture_default_str();
+  c.add_option("--kv-bits", a.kv_bits, "Bits of a quantized cache: 2, 3, 4, 5, 6 or 8; not quantized when not given");
+  c.add_option("--kv-group-size", a.kv_group_size, "Group size of a quantized cache: 32, 64 or 128 [64]");
   c.add_option("--quantized-kv-start", a.quantized_kv_start, "Tokens before the cache is quantized")->capture_default_str();
 }
 

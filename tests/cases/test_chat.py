@@ -249,10 +249,8 @@ def test_template_refuses_a_loaded_conversation(tmp_path):
     "flags,says",
     [
         (["--adapter-path", "x"], "x: no such adapter folder"),
-        (["--draft-model", "x"], "--draft-model: not supported yet"),
-        (["--prompt-cache-file", "x"], "--prompt-cache-file: not supported yet"),
-        (["--kv-bits", "4"], "--kv-bits: not supported yet"),
-        (["-qa"], "--quantize-activations: not supported yet"),
+        (["--kv-bits", "7"], "kv_bits"),
+        (["--kv-bits", "4", "--kv-group-size", "48"], "kv_group_size"),
         (["--temp", "-1"], "temperature"),
         (["--top-p", "1.5"], "top_p"),
         (["--top-k", "260"], "top_k"),
@@ -491,3 +489,8 @@ def test_terminal_is_not_steered_by_answers(model, tmp_path):
         t.send("hello\n")
         t.expect(TURN_END)
         assert not re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", t.seen[t.begin :])
+
+
+def test_a_cache_that_cannot_be_quantized(model):
+    result = piped(model, "hello\n", "--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0")
+    assert result.returncode == 1 and b"this model's cache cannot be quantized" in result.stderr
