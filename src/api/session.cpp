@@ -13,8 +13,8 @@ text::Tokenizer open_tokenizer(const std::filesystem::path& path, const json& co
   return gguf_metadata.is_null() ? text::Tokenizer::from_folder(path, config) : text::Tokenizer::from_gguf(gguf_metadata, config);
 }
 
-Session open_session(const std::filesystem::path& path, const std::filesystem::path& adapter) {
-  auto loaded = model::load(path, {.adapter = adapter});
+Session open_session(const std::filesystem::path& path, const model::LoadOptions& options) {
+  auto loaded = model::load(path, options);
   auto tokenizer = open_tokenizer(path, loaded.config, loaded.gguf_metadata);
   return {std::move(loaded), std::move(tokenizer)};
 }

@@ -20,8 +20,7 @@ std::filesystem::path resolve_model(const std::string& path_or_repo, const hub::
 /** The tokenizer of a folder or a .gguf file; `config` and `gguf_metadata` as model::load returns them. */
 text::Tokenizer open_tokenizer(const std::filesystem::path& path, const json& config, const json& gguf_metadata);
 
-/** `adapter`: folder of a trained adapter; empty = none. */
-Session open_session(const std::filesystem::path& path, const std::filesystem::path& adapter = {});
+Session open_session(const std::filesystem::path& path, const model::LoadOptions& options = {});
 
 /** Tokens of a prompt: special tokens are added unless it begins with the text of the bos token. Reference: mlx_lm/generate.py
  * stream_generate */

@@ -50,7 +50,6 @@ void check(const Arguments& a) {
   at_least("--delay", a.delay_s, 0);
   at_least("--threads", a.threads, 0);
   if (a.pipeline) throw Error(Code::unsupported, "--pipeline", "several machines are not supported yet");
-  if (a.quantize_activations) throw Error(Code::unsupported, "--quantize-activations", "not supported yet");
 }
 
 /** Seeded, so that two runs measure the same. */
@@ -160,7 +159,7 @@ int run(const Arguments& a) {
   check(a);
   if (a.threads > 0) set_compute_threads(a.threads);
   set_cpu_precision(a.cpu_precision);
-  auto session = open_session(find_model(a.model));
+  auto session = open_session(find_model(a.model), {.executor = model::Executor::best, .adapter = {}, .quantize_activations = a.quantize_activations});
   const auto prompts = random_prompts(a, session.loaded.model->description().vocab);
   const InterruptGuard guard;
   const auto once = [&] { return a.batch_size == 1 ? single(a, session, prompts[0]) : batched(a, session, prompts); };
@@ -211,7 +210,7 @@ void add_benchmark(CLI::App& app, Action& action) {
   c.add_option("-b,--batch-size", a->batch_size, "Sequences at a time")->capture_default_str();
   c.add_option("-n,--num-trials", a->trials, "Trials, after one that does not count")->capture_default_str();
   c.add_flag("--pipeline", a->pipeline, "Pipeline over several machines (not supported yet)");
-  c.add_flag("--quantize-activations", a->quantize_activations, "Quantize activations, also -qa (not supported yet)");
+  c.add_flag("--quantize-activations", a->quantize_activations, "Round activations to the format of the weights, mxfp8 or nvfp4; also -qa");
   c.add_option("--prefill-step-size", a->prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
   c.add_option("--delay", a->delay_s, "Seconds between trials")->capture_default_str();
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");

@@ -82,7 +82,7 @@ int run(const Arguments& a) {
   auto name = model_name(a);
   const auto path = find_model(name);
   if (name.empty()) name = path.string();
-  auto session = open_session(path, a.adapter_path);
+  auto session = open_session(path, {.executor = model::Executor::best, .adapter = a.adapter_path, .quantize_activations = false});
   json tokenizer_config{{"trust_remote_code", a.trust_remote_code}};
   if (a.eos_token) {
     session.tokenizer.add_eos_token(*a.eos_token);  // an unknown one is an error now, not when the file is used

@@ -40,7 +40,6 @@ void refuse_unsupported(const Arguments& a) {
   const auto refuse = [](bool given, const char* option, const char* why = "not supported yet") {
     if (given) throw Error(Code::unsupported, option, why);
   };
-  refuse(a.quantize_activations, "--quantize-activations");
   refuse(!a.images.empty(), "--image", "the model takes text only, wanted no images");
 }
 
@@ -220,7 +219,7 @@ int run(const Arguments& a) {
   const auto path = find_model(model_of_cache(a, cached));
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
-  auto session = open_session(path, a.adapter_path);
+  auto session = open_session(path, {.executor = model::Executor::best, .adapter = a.adapter_path, .quantize_activations = a.quantize_activations});
   std::optional<Session> draft;
   if (!a.draft_model.empty()) {
     draft.emplace(open_session(find_model(a.draft_model)));
@@ -288,7 +287,7 @@ void add_cache(CLI::App& c, Arguments& a) {
   c.add_option("--max-kv-size", a.max_kv_size, "Most tokens that the cache holds; unbounded when not given");
   c.add_option("--prefill-step-size", a.prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
   c.add_option("--prompt-cache-file", a.prompt_cache_file, "Cache of the prompt's beginning, made by cache_prompt");
-  c.add_flag("--quantize-activations", a.quantize_activations, "Quantize activations, also -qa (not supported yet)");
+  c.add_flag("--quantize-activations", a.quantize_activations, "Round activations to the format of the weights, mxfp8 or nvfp4; also -qa");
   c.add_option("--kv-bits", a.kv_bits, "Bits of a quantized cache: 2, 3, 4, 5, 6 or 8; not quantized when not given");
   c.add_option("--kv-group-size", a.kv_group_size, "Group size of a quantized cache: 32, 64 or 128 [64]");
   c.add_option("--quantized-kv-start", a.quantized_kv_start, "Tokens before the cache is quantized")->capture_default_str();

@@ -64,6 +64,7 @@ nn::Linear::Weights Store::linear(const std::string& path) {
   if (has(path + ".biases")) w.biases = take(path + ".biases");
   if (has(path + ".bias")) w.bias = take(path + ".bias");
   if (const auto it = quant_.find(path); it != quant_.end()) w.quant = it->second;
+  w.quantize_input = quantized_inputs.contains(path);
   if (const auto it = adapters_.find(path); it != adapters_.end()) w.adapter = {it->second.a, it->second.b, it->second.m, it->second.scale};
   return w;
 }

@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,8 @@ class Store {
   /** The dtype of the model's activations. */
   mx::Dtype dtype = mx::float32;
   int64_t bytes = 0;
+  /** Modules whose inputs are rounded to the format of their weights. */
+  std::set<std::string> quantized_inputs{};
 
  private:
   weights::Tensors tensors_;

@@ -52,9 +52,16 @@ void check_segments(const mx::array& tokens, const std::vector<Segment>& segment
 /** How a description runs: `best` is the fused executor where it has kernels for every op (docs/architecture.md), else the graph. */
 enum class Executor { best, graph };
 
-/** A callable model. Consumes the tensors. Throws Error(bad_weights). */
+struct BuildOptions {
+  Executor executor = Executor::best;
+  weights::LowRanks adapters{};
+  /** Inputs of quantized linear maps are rounded to the format of the weights, mxfp8 or nvfp4. */
+  bool quantize_activations = false;
+};
+
+/** A callable model. Consumes the tensors. Throws Error(bad_weights), Error(unsupported) for activations in another format than those. */
 std::unique_ptr<CausalModel> make_model(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant,
-                                        Executor executor = Executor::best, const weights::LowRanks& adapters = {});
+                                        const BuildOptions& options = {});
 
 struct Loaded {
   std::unique_ptr<CausalModel> model;
@@ -69,6 +76,7 @@ json load_config(const std::filesystem::path& folder);
 struct LoadOptions {
   Executor executor = Executor::best;
   std::filesystem::path adapter{};  // folder of a trained adapter; empty = none
+  bool quantize_activations = false;
 };
 /** A folder with config.json and model*.safetensors, or a .gguf file. Throws every Error of the rooms below. */
 Loaded load(const std::filesystem::path& path, const LoadOptions& options = {});

@@ -26,11 +26,28 @@ mx::array clipped_sum(const mx::array& x, const mx::array& y) {
   return mx::astype(mx::clip(sum, mx::array(-65504.f), mx::array(65504.f)), mx::float16);
 }
 
+/** Reference: mlx_lm/utils.py load_model, quantize_activations */
+std::set<std::string> quantized_inputs(const arch::Model& m, const Store& store, const std::map<std::string, plan::Quant>& quant) {
+  std::set<std::string> paths;
+  for (const auto& t : plan::tensors(m)) {
+    const auto it = quant.find(t.path);
+    if (t.role != plan::Role::matrix || t.leaf != "weight" || it == quant.end()) continue;
+    if (it->second.mode != "mxfp8" && it->second.mode != "nvfp4") {
+      throw Error(Code::unsupported, "quantize_activations", t.path + " is " + it->second.mode + ", wanted mxfp8 or nvfp4 weights");
+    }
+    if (store.has(t.path + ".bias")) throw Error(Code::unsupported, "quantize_activations", t.path + " has a bias");
+    paths.insert(t.path);
+  }
+  if (paths.empty()) throw Error(Code::unsupported, "quantize_activations", "the model is not quantized, wanted mxfp8 or nvfp4 weights");
+  return paths;
+}
+
 class GraphModel final : public CausalModel {
  public:
-  GraphModel(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant, const weights::LowRanks& adapters)
+  GraphModel(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant, const BuildOptions& options)
       : description_(std::move(description)) {
-    Store store(std::move(tensors), quant, adapters);
+    Store store(std::move(tensors), quant, options.adapters);
+    if (options.quantize_activations) store.quantized_inputs = quantized_inputs(description_, store, quant);
     const auto& m = description_;
     const std::string embed = m.root + "." + m.embed;
     dtype_ = activation_dtype(store, embed);
@@ -153,9 +170,9 @@ mx::array CausalModel::forward(const mx::array& tokens, cache::Caches& caches, R
 }
 
 std::unique_ptr<CausalModel> make_model(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant,
-                                        Executor executor, const weights::LowRanks& adapters) {
-  auto graph = std::make_unique<GraphModel>(std::move(description), std::move(tensors), quant, adapters);
-  if (executor == Executor::graph || !kernels::cpu::active()) return graph;
+                                        const BuildOptions& options) {
+  auto graph = std::make_unique<GraphModel>(std::move(description), std::move(tensors), quant, options);
+  if (options.executor == Executor::graph || !kernels::cpu::active()) return graph;
   auto parts = graph->take_parts();
   return fuse(std::move(graph), std::move(parts));
 }

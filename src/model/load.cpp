@@ -36,9 +36,9 @@ Loaded build(json config, weights::Tensors tensors, const fs::path& path, const 
   weights::apply_rules(tensors, description);
   const auto quant = weights::check(tensors, description, plan::parse_quantization(config), path.string());
   Loaded loaded;
-  weights::LowRanks adapters;
-  if (!options.adapter.empty()) adapters = weights::apply_adapter(options.adapter, tensors, description);
-  loaded.model = make_model(std::move(description), std::move(tensors), quant, options.executor, adapters);
+  BuildOptions build{.executor = options.executor, .adapters = {}, .quantize_activations = options.quantize_activations};
+  if (!options.adapter.empty()) build.adapters = weights::apply_adapter(options.adapter, tensors, description);
+  loaded.model = make_model(std::move(description), std::move(tensors), quant, build);
   loaded.config = std::move(config);
   loaded.path = path;
   return loaded;

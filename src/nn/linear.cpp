@@ -13,6 +13,7 @@ namespace {
 namespace cpu = kernels::cpu;
 
 bool same_kind(const Linear::Weights& a, const Linear::Weights& b) {
+  if (a.quantize_input != b.quantize_input) return false;
   if (a.quant.has_value() != b.quant.has_value() || a.bias.has_value() != b.bias.has_value()) return false;
   if (!a.quant) return a.weight.dtype() == b.weight.dtype();
   return a.quant->mode == b.quant->mode && a.quant->bits == b.quant->bits && a.quant->group_size == b.quant->group_size;
@@ -40,6 +41,13 @@ mx::array dequantized(const Linear::Weights& w) {
   return mx::dequantize(w.weight, *w.scales, w.biases, w.quant->group_size, w.quant->bits, w.quant->mode);
 }
 
+/** x in the format of the weights, and back. Reference: mlx.nn.QQLinear */
+mx::array rounded(const mx::array& x, const plan::Quant& quant) {
+  const auto parts = mx::quantize(mx::reshape(x, {-1, x.shape(-1)}), quant.group_size, quant.bits, quant.mode);
+  const auto y = mx::dequantize(parts[0], parts[1], std::nullopt, quant.group_size, quant.bits, quant.mode, std::nullopt, x.dtype());
+  return mx::reshape(y, x.shape());
+}
+
 mx::array rows_of(const mx::array& x) { return mx::reshape(x, {-1, x.shape(-1)}); }
 
 mx::array apply_part(const mx::array& x, const Linear::Weights& w) {
@@ -54,6 +62,7 @@ Linear::Linear(std::vector<Weights> parts) : parts_(std::move(parts)) {
   if (parts_.empty()) throw Error(Code::internal, "Linear", "no weights");
   in_dims_ = in_dims_of(parts_[0]);
   for (const auto& part : parts_) out_dims_ += part.weight.shape(-2);
+  if (parts_[0].quantize_input) input_quant_ = parts_[0].quant;
   bool adapters = false;
   for (const auto& part : parts_) adapters = adapters || part.adapter;
   if (adapters && parts_.size() == 1) {
@@ -111,7 +120,8 @@ mx::array Linear::adapted(const mx::array& x) const {
   return bias_ ? mx::add(y, mx::astype(*bias_, x.dtype())) : y;
 }
 
-mx::array Linear::operator()(const mx::array& x) const {
+mx::array Linear::operator()(const mx::array& input) const {
+  const auto x = input_quant_ ? rounded(input, *input_quant_) : input;
   if (base_) return adapted(x);
   if (packed_) return cpu::matmul(x, packed_, bias_);
   std::vector<mx::array> outputs;
@@ -158,6 +168,7 @@ cpu::EagerMap Linear::eager() const {
   cpu::EagerMap map;
   map.in_dims = in_dims_;
   map.out_dims = out_dims_;
+  if (input_quant_) return map;
   for (const auto& part : split_) {
     auto one = part->eager();
     if (one.parts.empty()) return {{}, out_dims_, in_dims_};

@@ -33,6 +33,7 @@ class Linear {
     std::optional<mx::array> bias{};
     std::optional<plan::Quant> quant{};
     std::optional<LowRank> adapter{};
+    bool quantize_input = false;  // x is rounded to the weights' own 8- or 4-bit float format first
   };
   /** Several parts with equal input and quantization become one map with concatenated rows (fused q/k/v, gate/up). */
   explicit Linear(std::vector<Weights> parts);
@@ -46,7 +47,8 @@ class Linear {
   int64_t bytes() const;
   int out_dims() const { return out_dims_; }
   int in_dims() const { return in_dims_; }
-  /** The packed matrices one below the other, for executors that run without arrays; no parts unless on the CPU and without adapters. */
+  /** The packed matrices one below the other, for executors that run without arrays; no parts unless on the CPU, without adapters and with inputs as they
+   *  come. */
   kernels::cpu::EagerMap eager() const;
 
  private:
@@ -61,6 +63,7 @@ class Linear {
   std::shared_ptr<Linear> base_, into_rank_, from_rank_;
   std::optional<mx::array> stretch_;
   float adapter_scale_ = 0.f;
+  std::optional<plan::Quant> input_quant_;
   int out_dims_ = 0, in_dims_ = 0;
 };
 

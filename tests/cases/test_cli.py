@@ -222,7 +222,7 @@ def test_unknown_flag(model):
         (["--seed", "-1"], "seed"),
         (["--image", "x.png"], "--image"),
         (["--adapter-path", "x"], "x: no such adapter folder"),
-        (["-qa"], "--quantize-activations"),
+        (["-qa"], "quantize_activations: "),
         (["--extra-eos-token", "no such token"], "no such token"),
         (["--chat-template-config", "{"], "--chat-template-config"),
         (["--chat-template-config", "[1]"], "--chat-template-config"),

@@ -158,7 +158,8 @@ Checkpoint make_checkpoint(const json& config, const json& info) {
 std::unique_ptr<model::CausalModel> make_model(Checkpoint checkpoint) {
   const char* wanted = std::getenv("MLXLM_TEST_EXECUTOR");
   const auto executor = wanted != nullptr && std::string(wanted) == "graph" ? model::Executor::graph : model::Executor::best;
-  return model::make_model(std::move(checkpoint.description), std::move(checkpoint.tensors), checkpoint.quant, executor, checkpoint.adapters);
+  return model::make_model(std::move(checkpoint.description), std::move(checkpoint.tensors), checkpoint.quant,
+                           {.executor = executor, .adapters = std::move(checkpoint.adapters), .quantize_activations = checkpoint.quantize_activations});
 }
 
 uint32_t checksum(const weights::Tensors& tensors) {

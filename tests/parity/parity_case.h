@@ -36,6 +36,7 @@ struct Checkpoint {
   weights::Tensors tensors;
   std::map<std::string, plan::Quant> quant;  // what weights::check found
   weights::LowRanks adapters{};
+  bool quantize_activations = false;
 };
 /** `config` and `info` as in Golden. Throws what the rooms throw. */
 Checkpoint make_checkpoint(const json& config, const json& info);
