@@ -1,0 +1,387 @@
+// Requests in, events out: what happens outside of planning a step.
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <new>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "engine/sequence.h"
+
+namespace mlxlm::engine {
+namespace {
+
+double steady_seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+bool ends_with(std::span<const int> tokens, std::span<const int> suffix) {
+  return !suffix.empty() && suffix.size() <= tokens.size() && std::ranges::equal(tokens.last(suffix.size()), suffix);
+}
+
+}  // namespace
+
+Error current_error() {
+  try {
+    throw;
+  } catch (const Error& e) {
+    return e;
+  } catch (const std::bad_alloc&) {
+    return Error(Code::out_of_memory, "step", "memory could not be had");
+  } catch (const std::exception& e) {
+    return Error(Code::internal, "step", e.what());
+  } catch (...) {
+    return Error(Code::internal, "step", "an unknown exception");
+  }
+}
+
+Engine::Engine(Runner& runner, Limits limits, std::function<double()> clock)
+    : runner_(runner),
+      limits_(limits),
+      clock_(clock ? std::move(clock) : steady_seconds),
+      pacer_(limits.pace, limits.least_prefill_tokens, limits.prefill_tokens),
+      prefixes_(limits.prefix_cache_bytes) {
+  const auto at_least = [](const char* name, double value, double least) {
+    if (!(value >= least)) throw Error(Code::bad_request, name, fmt::format("got {}, wanted at least {}", value, least));
+  };
+  at_least("max_sequences", limits.max_sequences, 1);
+  at_least("prefill_tokens", limits.prefill_tokens, 1);
+  at_least("least_prefill_tokens", limits.least_prefill_tokens, 1);
+  at_least("pace", limits.pace, 1);
+  at_least("step_tokens", limits.step_tokens, 0);
+  at_least("limited_chunk_tokens", limits.limited_chunk_tokens, 1);
+  at_least("max_context_tokens", limits.max_context_tokens, 0);
+  at_least("memory_bytes", static_cast<double>(limits.memory_bytes), 0);
+  at_least("prefix_cache_bytes", static_cast<double>(limits.prefix_cache_bytes), 0);
+  if (limits.least_prefill_tokens > limits.prefill_tokens) pacer_ = Pacer(limits.pace, limits.prefill_tokens, limits.prefill_tokens);
+}
+
+Engine::~Engine() {
+  for (auto& [id, q] : sequences_) {
+    if (q->cache != 0) runner_.free(q->cache);
+    runner_.end(id);
+  }
+  release(prefixes_.shrink_to(0));
+}
+
+Engine::Sequence* Engine::find(SequenceId id) const {
+  const auto found = sequences_.find(id);
+  return found == sequences_.end() ? nullptr : found->second.get();
+}
+
+void Engine::validate(const Request& r) const {
+  if (r.tokens.empty()) throw Error(Code::bad_request, "prompt", "got no tokens, wanted at least one");
+  if (r.max_tokens == 0 || r.max_tokens < -1) {
+    throw Error(Code::bad_request, "max_tokens", fmt::format("got {}, wanted at least 1, or -1 for no limit", r.max_tokens));
+  }
+  if (r.max_kv_size_tokens < 0) {
+    throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted 0 (unbounded) or more", r.max_kv_size_tokens));
+  }
+  if (r.cache == 0 && !r.cache_tokens.empty()) throw Error(Code::bad_request, "cache", "got tokens of a cache, and no cache");
+  runner_.check(r.tokens, r.sampling);
+  if (r.cache != 0 && runner_.info(r.cache).tokens != static_cast<int>(r.cache_tokens.size())) {
+    throw Error(Code::bad_request, "cache",
+                fmt::format("holds {} tokens, {} were named", runner_.info(r.cache).tokens, r.cache_tokens.size()));
+  }
+  const auto prompt = static_cast<int64_t>(r.tokens.size() + r.cache_tokens.size());
+  if (limits_.max_context_tokens > 0 && prompt >= limits_.max_context_tokens) {
+    throw Error(Code::bad_request, "prompt",
+                fmt::format("got {} tokens, wanted less than {} (the context)", prompt, limits_.max_context_tokens));
+  }
+  const auto tokens = prompt + (r.max_tokens < 0 ? 1 : r.max_tokens);
+  const auto needed = runner_.cost_bytes(tokens, r.max_kv_size_tokens);
+  if (limits_.memory_bytes > 0 && needed > limits_.memory_bytes) {
+    throw Error(Code::out_of_memory, "prompt",
+                fmt::format("a cache for {} tokens needs {:.3f} GB, wanted at most {:.3f} GB, which all requests share", tokens,
+                            static_cast<double>(needed) / 1e9, static_cast<double>(limits_.memory_bytes) / 1e9));
+  }
+}
+
+SequenceId Engine::submit(Request request) {
+  auto q = std::make_unique<Sequence>();
+  try {
+    validate(request);
+    q->id = last_id_ + 1;
+    q->tokens = request.cache_tokens;
+    q->tokens.insert(q->tokens.end(), request.tokens.begin(), request.tokens.end());
+    q->prompt_tokens = static_cast<int>(q->tokens.size());
+    q->computed_tokens = static_cast<int>(request.cache_tokens.size());
+    q->cache = request.cache;
+    std::ranges::sort(request.boundaries);
+    q->request = std::move(request);
+    runner_.begin(q->id, q->request.sampling, q->request.mask);
+  } catch (...) {
+    const auto given = q->cache != 0 ? q->cache : request.cache;
+    if (given != 0) runner_.free(given);
+    throw;
+  }
+  const auto id = ++last_id_;
+  waiting_.push_back(id);
+  sequences_.emplace(id, std::move(q));
+  return id;
+}
+
+Event Engine::event(const Sequence& q) const {
+  Event e;
+  e.id = q.id;
+  e.prompt_tokens = q.prompt_tokens;
+  e.processed_tokens = std::min(q.computed_tokens, q.prompt_tokens);
+  e.reused_tokens = q.reused_tokens;
+  return e;
+}
+
+bool Engine::end(SequenceId id, Finish reason) {
+  auto* q = find(id);
+  if (q == nullptr || q->ended != Finish::none) return false;
+  if (q->in_step) {
+    q->ended = reason;  // its cache is being written
+    return true;
+  }
+  auto last = event(*q);
+  last.finish = reason;
+  retire(*q, std::move(last));
+  return true;
+}
+
+void Engine::fail(Sequence& q, const Error& error) {
+  auto last = event(q);
+  last.finish = Finish::failed;
+  last.error = error;
+  retire(q, std::move(last));
+}
+
+void Engine::release(const std::vector<CacheId>& caches) {
+  for (const auto cache : caches) runner_.free(cache);
+}
+
+void Engine::drop_cache(Sequence& q) {
+  if (q.cache != 0) runner_.free(q.cache);
+  q.cache = 0;
+  q.computed_tokens = 0;
+  reserved_bytes_ -= q.reserved_bytes;
+  q.reserved_bytes = q.reserved_tokens = 0;
+}
+
+/** The request ends here: its cache is handed over, stored or freed, and `last` tells. Destroys q. */
+void Engine::retire(Sequence& q, Event last) {
+  if (q.cache != 0 && last.finish != Finish::failed) {
+    std::vector<int> held(q.tokens.begin(), q.tokens.begin() + q.computed_tokens);
+    if (q.request.keep_cache) {
+      last.cache = std::exchange(q.cache, 0);
+      last.cache_tokens = std::move(held);
+    } else if (q.request.use_prefix_cache && limits_.prefix_cache_bytes > 0 && q.running &&
+               !q.overflows(held.size())) {
+      const auto info = runner_.info(q.cache);
+      const auto cache = std::exchange(q.cache, 0);
+      reserved_bytes_ -= q.reserved_bytes;
+      q.reserved_bytes = 0;
+      release(prefixes_.insert(held, {cache, 0, info.bytes, info.trimmable},
+                               static_cast<uint64_t>(q.request.max_kv_size_tokens)));
+    }
+  }
+  drop_cache(q);
+  runner_.end(q.id);
+  std::erase(running_, q.id);
+  std::erase(waiting_, q.id);
+  events_.push_back(std::move(last));
+  sequences_.erase(q.id);
+}
+
+void Engine::check_result(const StepPlan& plan, const StepResult& result) const {
+  const auto wrong = [](const std::string& what) { throw Error(Code::internal, "step", what); };
+  if (result.rows.size() != plan.rows.size()) wrong(fmt::format("got {} results, wanted {}", result.rows.size(), plan.rows.size()));
+  for (std::size_t i = 0; i < plan.rows.size(); ++i) {
+    const auto& got = result.rows[i];
+    const auto& row = plan.rows[i];
+    if (got.sequence != row.sequence) wrong(fmt::format("got a result of sequence {}, wanted one of {}", got.sequence, row.sequence));
+    if (!got.error && static_cast<int>(got.chosen.size()) != row.wanted_rows) {
+      wrong(fmt::format("sequence {}: got {} tokens, wanted {}", row.sequence, got.chosen.size(), row.wanted_rows));
+    }
+    for (const auto& chosen : got.chosen) {
+      if (chosen.token < 0) wrong(fmt::format("sequence {}: got token {}", row.sequence, chosen.token));
+    }
+  }
+}
+
+void Engine::commit(const StepPlan& plan, const StepResult& result) {
+  try {
+    check_result(plan, result);
+  } catch (const Error& error) {
+    fail(plan, error);
+    return;
+  }
+  in_step_ = false;
+  ++counters_.steps;
+  for (std::size_t i = 0; i < plan.rows.size(); ++i) {
+    if (auto* q = find(plan.rows[i].sequence)) commit_row(*q, plan.rows[i], result.rows[i]);
+  }
+}
+
+void Engine::commit_row(Sequence& q, const PlannedRow& row, const RowResult& result) {
+  q.in_step = false;
+  if (result.error) return fail(q, *result.error);
+  const bool in_prompt = q.computed_tokens < q.prompt_tokens;
+  q.computed_tokens += static_cast<int>(row.tokens.size());
+  if (q.computed_tokens >= q.suspect_until_tokens) q.suspect_until_tokens = 0;
+  if (in_prompt) counters_.prompt_tokens += static_cast<int64_t>(row.tokens.size());
+  if (q.ended != Finish::none) {
+    auto last = event(q);
+    last.finish = q.ended;
+    return retire(q, std::move(last));
+  }
+  store_at_boundary(q);
+  if (row.wanted_rows > 0) {
+    commit_token(q, result.chosen.front());
+  } else {
+    events_.push_back(event(q));
+  }
+}
+
+void Engine::commit_token(Sequence& q, const ChosenToken& chosen) {
+  q.tokens.push_back(chosen.token);
+  ++counters_.generated_tokens;
+  auto told = event(q);
+  told.chosen = chosen;
+  const auto answer = std::span<const int>(q.tokens).subspan(q.prompt_tokens);
+  const bool stopped = std::ranges::any_of(q.request.stop, [&](const auto& s) { return ends_with(answer, s); });
+  const bool full = limits_.max_context_tokens > 0 && static_cast<int>(q.tokens.size()) >= limits_.max_context_tokens;
+  if (stopped) {
+    told.finish = Finish::stop;
+  } else if (q.generated_tokens() == q.request.max_tokens || full) {
+    told.finish = Finish::length;
+  }
+  if (told.finish == Finish::none && q.request.mask) {
+    try {
+      q.request.mask->accept(chosen.token);
+    } catch (...) {
+      return fail(q, current_error());
+    }
+  }
+  if (told.finish != Finish::none) return retire(q, std::move(told));
+  events_.push_back(std::move(told));
+}
+
+/** A copy for later prompts, where the caller said that one pays. */
+void Engine::store_at_boundary(Sequence& q) {
+  const auto& at = q.request.boundaries;
+  bool here = false;
+  while (q.next_boundary < at.size() && at[q.next_boundary] <= q.computed_tokens) here |= at[q.next_boundary++] == q.computed_tokens;
+  if (!here || !q.request.use_prefix_cache || limits_.prefix_cache_bytes == 0 || q.overflows(q.computed_tokens)) return;
+  const auto info = runner_.info(q.cache);
+  if (info.bytes > limits_.prefix_cache_bytes || !make_room(info.bytes)) return;
+  try {
+    const auto copied = runner_.copy(q.cache, info.tokens);
+    const auto held = runner_.info(copied);
+    const auto key = std::span<const int>(q.tokens).first(q.computed_tokens);
+    release(prefixes_.insert(key, {copied, 0, held.bytes, held.trimmable},
+                             static_cast<uint64_t>(q.request.max_kv_size_tokens)));
+  } catch (...) {
+    // A copy for others is never worth an answer.
+  }
+}
+
+/** Nothing of the step counts. Its requests start over from their tokens, each alone, so that only the one at fault ends. */
+void Engine::fail(const StepPlan& plan, const Error& error) {
+  in_step_ = false;
+  ++counters_.failed_steps;
+  const bool alone = plan.rows.size() == 1;
+  std::vector<Sequence*> replayed;
+  for (const auto& row : plan.rows) {
+    auto* q = find(row.sequence);
+    if (q == nullptr) continue;
+    q->in_step = false;
+    const int reached = q->computed_tokens + static_cast<int>(row.tokens.size());
+    drop_cache(*q);
+    if (q->ended != Finish::none) {
+      auto last = event(*q);
+      last.finish = q->ended;
+      retire(*q, std::move(last));
+    } else if (alone) {
+      fail(*q, error);
+    } else {
+      q->suspect_until_tokens = std::max(q->suspect_until_tokens, reached);
+      replayed.push_back(q);
+    }
+  }
+  for (auto q = replayed.rbegin(); q != replayed.rend(); ++q) preempt(**q);
+}
+
+std::vector<Event> Engine::take_events() { return std::exchange(events_, {}); }
+
+StepReport Engine::step() {
+  StepReport report;
+  const double start = clock_();
+  const auto plan = schedule();
+  const auto generated = counters_.generated_tokens, failed_steps = counters_.failed_steps;
+  for (const auto& row : plan.rows) {
+    const auto* q = find(row.sequence);
+    if (q->decoding()) {
+      ++report.decode_rows;
+    } else {
+      report.prompt_tokens += static_cast<int>(row.tokens.size());
+    }
+  }
+  if (!plan.rows.empty()) {
+    try {
+      commit(plan, runner_.run(plan));
+    } catch (...) {
+      if (!in_step_) throw;  // a bug of ours in commit, not a failed run
+      fail(plan, current_error());
+    }
+  }
+  report.seconds = clock_() - start;
+  report.generated_tokens = static_cast<int>(counters_.generated_tokens - generated);
+  report.events = take_events();
+  const bool ended_badly = std::ranges::any_of(report.events, [](const Event& e) { return e.finish == Finish::failed; });
+  if (counters_.failed_steps > failed_steps && plan.rows.size() > 1) {
+    report.outcome = Outcome::engine_failed;
+  } else if (ended_badly) {
+    report.outcome = Outcome::request_failed;
+  } else if (!plan.rows.empty()) {
+    report.outcome = Outcome::ran;
+  } else {
+    report.outcome = has_work() ? Outcome::capacity_deferred : Outcome::no_work;
+  }
+  if (!plan.rows.empty() && counters_.failed_steps == failed_steps) {
+    pacer_.observe(report.decode_rows, report.prompt_tokens, report.seconds);
+    (report.prompt_tokens > 0 ? counters_.prompt_s : counters_.decode_s) += report.seconds;
+    counters_.decode_steps += report.decode_rows > 0;
+  }
+  return report;
+}
+
+std::optional<std::pair<CacheId, std::vector<int>>> Engine::cache_of(SequenceId id) const {
+  const auto* q = find(id);
+  if (q == nullptr || q->cache == 0) return std::nullopt;
+  return std::pair(q->cache, std::vector<int>(q->tokens.begin(), q->tokens.begin() + q->computed_tokens));
+}
+
+Snapshot Engine::snapshot() const {
+  Snapshot s;
+  for (const auto& [id, q] : sequences_) {
+    s.sequences.push_back({.id = id,
+                           .running = q->running,
+                           .prompt_tokens = q->prompt_tokens,
+                           .tokens = static_cast<int>(q->tokens.size()),
+                           .computed_tokens = q->computed_tokens,
+                           .generated_tokens = q->generated_tokens(),
+                           .max_tokens = q->request.max_tokens,
+                           .cache = q->cache,
+                           .held = q->cache != 0 ? runner_.info(q->cache) : CacheInfo{},
+                           .reserved_bytes = q->reserved_bytes,
+                           .reserved_tokens = q->reserved_tokens});
+  }
+  s.waiting.assign(waiting_.begin(), waiting_.end());
+  s.running = running_;
+  for (const auto& e : prefixes_.entries()) {
+    s.stored.push_back({.cache = e.cache, .tokens = e.tokens, .held = runner_.info(e.cache), .bytes = e.bytes});
+  }
+  s.reserved_bytes = reserved_bytes_;
+  s.stored_bytes = prefixes_.bytes();
+  s.stored_budget_bytes = prefixes_.budget_bytes();
+  s.memory_bytes = limits_.memory_bytes;
+  s.max_sequences = limits_.max_sequences;
+  return s;
+}
+
+}  // namespace mlxlm::engine

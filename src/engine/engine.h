@@ -1,0 +1,166 @@
+// Many requests, one model: each step is scheduled as plain data, run by a Runner, and committed wholly or not at all. No MLX.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/invariants.h"
+#include "engine/pacer.h"
+#include "engine/prefix_cache.h"
+#include "engine/runner.h"
+
+namespace mlxlm::engine {
+
+struct Request {
+  std::vector<int> tokens{};                    // the prompt; at least one
+  int max_tokens = 256;                         // -1 = until a stop
+  std::vector<std::vector<int>> stop{};         // sequences of tokens that end the answer; texts are the concern of who reads the events
+  Sampling sampling{};
+  std::shared_ptr<TokenMask> mask{};
+  int max_kv_size_tokens = 0;                   // 0 = unbounded. What a limited cache forgets depends on the chunks that a longer prompt comes in,
+                                                // so such a prompt runs in chunks of limited_chunk_tokens, its last token alone, whatever the budget, and is not reused
+  bool use_prefix_cache = true;                 // reuse what is stored or held by another request, and store what was computed
+  std::vector<int> boundaries{};                // prompt positions where a step must end and a copy of the cache is stored for reuse, ascending
+  CacheId cache = 0;                            // continue from this one; the request owns it from now on
+  std::vector<int> cache_tokens{};              // exactly the tokens that it holds
+  bool keep_cache = false;                      // hand the cache over at the end, see Event
+};
+
+enum class Finish { none, stop, length, cancelled, failed };
+
+/** What happened to a request. The last one has `finish` set; after it the id is unknown. */
+struct Event {
+  SequenceId id = 0;
+  std::optional<ChosenToken> chosen{};
+  int processed_tokens = 0, prompt_tokens = 0;  // how far the prompt is; without a token: progress
+  int reused_tokens = 0;                        // of the prompt, computed before
+  Finish finish = Finish::none;
+  std::optional<Error> error{};                 // for Finish::failed
+  CacheId cache = 0;                            // with keep_cache, on the last event: now the receiver's to free
+  std::vector<int> cache_tokens{};              // what it holds
+};
+
+enum class Outcome {
+  no_work,            // nobody waits
+  ran,
+  capacity_deferred,  // somebody waits, and nothing could be run
+  request_failed,     // ran, and at least one request ended in an error
+  engine_failed,      // the step as a whole failed; its requests are replayed one by one to find the one at fault
+};
+
+struct StepReport {
+  Outcome outcome = Outcome::no_work;
+  std::vector<Event> events{};
+  int decode_rows = 0, prompt_tokens = 0, generated_tokens = 0;
+  double seconds = 0;
+};
+
+struct Limits {
+  int max_sequences = 32;           // running at once
+  int prefill_tokens = 512;         // prompt tokens of a step that nobody's decoding waits for
+  int least_prefill_tokens = 4;     // prompt tokens of a step beside decoding, however slow they are
+  double pace = 1.8;                // a step with prompt tokens is to take so many times one without; see bench/engine.cpp
+  int step_tokens = 0;              // all tokens of a step with decoding rows; 0 = as `pace` says
+  int limited_chunk_tokens = 2048;  // see Request::max_kv_size_tokens
+  int max_context_tokens = 0;       // prompt and answer; 0 = no limit
+  int64_t memory_bytes = 0;         // for caches, those stored for prefixes included; 0 = no limit
+  int64_t prefix_cache_bytes = 0;   // 0 = nothing is stored; requests that run at once share all the same
+};
+
+/** Running totals. */
+struct Counters {
+  int64_t steps = 0, decode_steps = 0, prompt_tokens = 0, reused_tokens = 0, generated_tokens = 0, failed_steps = 0;
+  double prompt_s = 0, decode_s = 0;  // of steps with and without prompt tokens
+};
+
+/** Thread: one. Between steps everything may be called. */
+class Engine {
+ public:
+  /** `clock` in seconds, for tests. */
+  explicit Engine(Runner& runner, Limits limits = {}, std::function<double()> clock = {});
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  /** Throws Error(bad_request); Error(out_of_memory) with both figures when the request can never fit. A cache given is freed then. */
+  SequenceId submit(Request request);
+  /** Ends a request wherever it is; its last event comes with the next step. False when it is not known (any more). */
+  bool cancel(SequenceId id) { return end(id, Finish::cancelled); }
+  bool end(SequenceId id, Finish reason);
+
+  /** schedule, run, commit. Throws nothing of what the runner throws. */
+  StepReport step();
+
+  /** The parts of step(): exactly one of commit and fail follows a plan that has rows. */
+  StepPlan schedule();
+  void commit(const StepPlan& plan, const StepResult& result);
+  void fail(const StepPlan& plan, const Error& error);
+  std::vector<Event> take_events();
+  /** Forgets events that have not been taken. */
+  void drop_events(const std::function<bool(const Event&)>& which) { std::erase_if(events_, which); }
+
+  bool has_work() const { return !waiting_.empty() || !running_.empty(); }
+  int waiting() const { return static_cast<int>(waiting_.size()); }
+  int running() const { return static_cast<int>(running_.size()); }
+  const Counters& counters() const { return counters_; }
+  const Limits& limits() const { return limits_; }
+  /** The cache of a request and the tokens that it holds; the engine keeps it. Nothing while it has none. */
+  std::optional<std::pair<CacheId, std::vector<int>>> cache_of(SequenceId id) const;
+  Snapshot snapshot() const;
+  /** Gives up stored prefixes until at most so many bytes are held. */
+  void shrink_prefix_cache(int64_t bytes) { release(prefixes_.shrink_to(bytes)); }
+  const PrefixCache& prefixes() const { return prefixes_; }
+
+ private:
+  struct Sequence;
+
+  Sequence* find(SequenceId id) const;
+  void validate(const Request& request) const;
+  int64_t tokens_to_reserve(const Sequence& q) const;
+  void plan_decode(StepPlan& plan);
+  void plan_prompts(StepPlan& plan, int budget);
+  bool plan_suspect(StepPlan& plan);
+  int prompt_budget(int decode_rows) const;
+  int chunk_of(const Sequence& q, int budget) const;
+  int add_row(StepPlan& plan, Sequence& q, int budget) const;
+  enum class Admission { admitted, deferred, failed };
+  std::optional<PrefixCache::Hit> find_reusable(const Sequence& q);
+  Admission admit(Sequence& q);
+  bool make_room(int64_t bytes);
+  bool extend(Sequence& q);
+  void preempt(Sequence& q);
+  void check_result(const StepPlan& plan, const StepResult& result) const;
+  void commit_row(Sequence& q, const PlannedRow& row, const RowResult& result);
+  void commit_token(Sequence& q, const ChosenToken& chosen);
+  void store_at_boundary(Sequence& q);
+  void retire(Sequence& q, Event last);
+  void fail(Sequence& q, const Error& error);
+  void drop_cache(Sequence& q);
+  void release(const std::vector<CacheId>& caches);
+  Event event(const Sequence& q) const;
+
+  Runner& runner_;
+  Limits limits_;
+  std::function<double()> clock_;
+  Pacer pacer_;
+  PrefixCache prefixes_;
+  std::map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+  std::deque<SequenceId> waiting_;
+  std::vector<SequenceId> running_;  // in order of admission
+  std::vector<Event> events_;
+  Counters counters_;
+  SequenceId last_id_ = 0;
+  int64_t reserved_bytes_ = 0, step_ = 0;
+  int shared_steps_ = 0;  // in a row, of decoding and prompts
+  bool in_step_ = false;
+};
+
+/** The Error that stands for what was thrown. Call inside a catch block. */
+Error current_error();
+
+}  // namespace mlxlm::engine

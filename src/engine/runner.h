@@ -1,0 +1,125 @@
+// What the engine asks of whoever runs its steps: plain data in, plain data out. No MLX.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+
+namespace mlxlm::engine {
+
+using SequenceId = int64_t;  // of a request, from 1
+using CacheId = int64_t;     // opaque: only its runner knows what it stands for; 0 = none
+
+/** How a request's tokens are chosen, and what is to be told about them. Ranges are checked by Runner::check. */
+struct Sampling {
+  float temperature = 0.f;  // 0 = the most likely token
+  float top_p = 1.f, min_p = 0.f;
+  int min_tokens_to_keep = 1, top_k = 0;
+  float xtc_probability = 0.f, xtc_threshold = 0.1f;
+  std::vector<int> xtc_special_tokens{};
+  std::optional<uint64_t> seed{};  // absent = random
+  std::map<int, float> logit_bias{};
+  float repetition_penalty = 0.f, presence_penalty = 0.f, frequency_penalty = 0.f;
+  int repetition_context_size = 20, presence_context_size = 20, frequency_context_size = 20;
+  bool want_logprob = false;   // of the chosen token
+  bool want_logprobs = false;  // of the whole vocabulary
+  int top_logprobs = 0;        // the most likely tokens, best first
+
+  bool has_penalties() const { return repetition_penalty != 0.f || presence_penalty != 0.f || frequency_penalty != 0.f; }
+};
+
+/** Which tokens a request may take next (a grammar). Used on the engine's thread; the work may be done on another one meanwhile. */
+class TokenMask {
+ public:
+  virtual ~TokenMask() = default;
+  /** A token became part of the sequence: work on the next mask may begin elsewhere. */
+  virtual void accept(int token) = 0;
+  /** One bit a token, lowest first: set = allowed; empty = all are. Asked for when the step's logits are under way, so it may wait. It must stay
+   *  valid until the next call. Throws to fail the request. */
+  virtual std::span<const uint32_t> allowed() = 0;
+};
+
+/** What one sequence does in a step. Prefill, decode and (one day) verification of drafts differ only in the counts. */
+struct PlannedRow {
+  SequenceId sequence = 0;
+  CacheId cache = 0;
+  std::vector<int> tokens{};   // at least one
+  std::vector<int> draft{};    // always empty for now
+  int wanted_rows = 0;         // tokens to choose: 0 = a chunk of a prompt, 1 = from the logits of the last token
+  std::vector<int> history{};  // all tokens up to and with these; only for sequences with penalties that choose a token
+};
+
+struct StepPlan {
+  int64_t number = 0;
+  std::vector<PlannedRow> rows{};
+  int tokens() const {
+    int count = 0;
+    for (const auto& row : rows) count += static_cast<int>(row.tokens.size());
+    return count;
+  }
+};
+
+struct TokenLogprob {
+  int token = 0;
+  float logprob = 0.f;
+};
+
+struct ChosenToken {
+  int token = 0;
+  float logprob = 0.f;               // only when wanted, as the others
+  std::vector<TokenLogprob> top{};
+  std::vector<float> logprobs{};     // [V]
+};
+
+struct RowResult {
+  SequenceId sequence = 0;
+  std::vector<ChosenToken> chosen{};  // as many as wanted_rows, unless failed
+  std::optional<Error> error{};       // this row alone failed; its cache is of no more use
+};
+
+/** One result a row, in the plan's order. */
+struct StepResult {
+  std::vector<RowResult> rows{};
+};
+
+struct CacheInfo {
+  int tokens = 0;
+  bool trimmable = false;  // can forget any number of its last tokens
+  int64_t bytes = 0;       // held now
+};
+
+/** Thread: the engine's. Every function may throw Error or what MLX throws; none may end the process. */
+class Runner {
+ public:
+  virtual ~Runner() = default;
+
+  /** Throws Error(bad_request) when tokens or options cannot be run. */
+  virtual void check(std::span<const int> tokens, const Sampling& sampling) const = 0;
+  /** The most bytes that a cache of so many tokens takes; it must not shrink as tokens grow. max_kv_size_tokens 0 = unbounded. */
+  virtual int64_t cost_bytes(int64_t tokens, int max_kv_size_tokens) const = 0;
+
+  /** An empty cache that will soon hold so many tokens, and perhaps more. */
+  virtual CacheId reserve(int64_t tokens, int max_kv_size_tokens) = 0;
+  /** Another cache that holds the first `tokens` of this one (all, unless it is trimmable): for reuse and for snapshots. Whether memory is shared
+   *  is the runner's affair. */
+  virtual CacheId copy(CacheId cache, int tokens) = 0;
+  /** Forgets all but the first `tokens`; only of a trimmable cache. */
+  virtual void trim(CacheId cache, int tokens) = 0;
+  virtual void free(CacheId cache) noexcept = 0;
+  virtual CacheInfo info(CacheId cache) const = 0;
+
+  /** A sequence comes into being, with a random state of its own; until end(). */
+  virtual void begin(SequenceId sequence, const Sampling& sampling, std::shared_ptr<TokenMask> mask) = 0;
+  virtual void end(SequenceId sequence) noexcept = 0;
+
+  /** Runs all rows. When it throws, no token was chosen, every random state is as before, and the caches of the plan are of no more use. */
+  virtual StepResult run(const StepPlan& plan) = 0;
+};
+
+}  // namespace mlxlm::engine

@@ -1,0 +1,220 @@
+// Who runs what in the next step: decoding rows first, then prompts, as far as budget and memory go.
+#include <algorithm>
+#include <limits>
+
+#include <fmt/format.h>
+
+#include "engine/sequence.h"
+
+namespace mlxlm::engine {
+namespace {
+
+constexpr int64_t kMoreTokens[] = {1024, 64, 1};  // reserved at a time for answers without a limit, as room allows
+constexpr int kAnswerTokens = 256;                  // of an answer, for which a cache is made large enough at once
+constexpr int kMostSharedSteps = 32;
+constexpr int kLeastSharedTokens = 8;               // less is not worth the copy of a cache in use
+
+}  // namespace
+
+StepPlan Engine::schedule() {
+  if (in_step_) throw Error(Code::internal, "schedule", "the last step was neither committed nor failed");
+  StepPlan plan{.number = ++step_};
+  if (!plan_suspect(plan)) {
+    plan_decode(plan);
+    const auto decode_rows = plan.rows.size();
+    plan_prompts(plan, prompt_budget(static_cast<int>(decode_rows)));
+    const bool shared = decode_rows > 0 && plan.rows.size() > decode_rows;
+    shared_steps_ = shared ? shared_steps_ + 1 : 0;
+  }
+  for (const auto& row : plan.rows) find(row.sequence)->in_step = true;
+  in_step_ = !plan.rows.empty();
+  return plan;
+}
+
+int Engine::prompt_budget(int decode_rows) const {
+  if (decode_rows > 0 && limits_.step_tokens > 0) return std::clamp(limits_.step_tokens - decode_rows, 0, limits_.prefill_tokens);
+  // Now and then decoding has a step of its own, so that the pacer knows what it takes as contexts grow.
+  if (decode_rows > 0 && shared_steps_ >= kMostSharedSteps) return 0;
+  return pacer_.prompt_tokens(decode_rows);
+}
+
+/** Tokens of its next row: up to budget, the end of the sequence or the next boundary. */
+int Engine::chunk_of(const Sequence& q, int budget) const {
+  if (q.overflows(q.tokens.size())) {
+    // As it would be alone: a prompt in chunks of one size and its last token, what is replayed of the answer token by token.
+    if (q.computed_tokens >= q.prompt_tokens) return 1;
+    if (!q.overflows(q.prompt_tokens)) return std::min(budget, q.prompt_tokens - q.computed_tokens);
+    const int start = static_cast<int>(q.request.cache_tokens.size()), chunk = limits_.limited_chunk_tokens;
+    const int end = start + (std::max(0, q.computed_tokens - start) / chunk + 1) * chunk;
+    return std::max(1, std::min(end, q.prompt_tokens - 1) - q.computed_tokens);
+  }
+  int count = std::min(budget, q.pending_tokens());
+  for (const int at : q.request.boundaries) {
+    if (at > q.computed_tokens) count = std::min(count, at - q.computed_tokens);
+  }
+  return count;
+}
+
+/** Returns the tokens planned. */
+int Engine::add_row(StepPlan& plan, Sequence& q, int budget) const {
+  const int count = chunk_of(q, budget);
+  PlannedRow row{.sequence = q.id, .cache = q.cache};
+  const auto first = q.tokens.begin() + q.computed_tokens;
+  row.tokens.assign(first, first + count);
+  row.wanted_rows = count == q.pending_tokens() ? 1 : 0;
+  if (row.wanted_rows > 0 && q.request.sampling.has_penalties()) row.history = q.tokens;
+  plan.rows.push_back(std::move(row));
+  return count;
+}
+
+/** After a step that failed its requests are replayed one at a time, and nobody else runs: only so is it known who is at fault. */
+bool Engine::plan_suspect(StepPlan& plan) {
+  while (true) {
+    Sequence* suspect = nullptr;
+    for (const auto id : running_) {
+      if (suspect == nullptr && find(id)->suspect_until_tokens > 0) suspect = find(id);
+    }
+    if (suspect == nullptr && !waiting_.empty() && find(waiting_.front())->suspect_until_tokens > 0) suspect = find(waiting_.front());
+    if (suspect == nullptr) return false;
+    if (!suspect->running && admit(*suspect) != Admission::admitted) {
+      // Deferred: those that run will make room, so they go on.
+      if (find(waiting_.empty() ? 0 : waiting_.front()) == suspect) return false;
+      continue;  // failed: the next one
+    }
+    add_row(plan, *suspect, limits_.prefill_tokens);
+    return true;
+  }
+}
+
+void Engine::plan_decode(StepPlan& plan) {
+  for (const auto id : std::vector<SequenceId>(running_)) {
+    auto* q = find(id);
+    if (q == nullptr || !q->decoding()) continue;
+    if (static_cast<int64_t>(q->tokens.size()) > q->reserved_tokens && !extend(*q)) continue;
+    add_row(plan, *q, 1);
+  }
+}
+
+/** Prompts begun go on in order of admission; what is left of the budget admits others in order of arrival. */
+void Engine::plan_prompts(StepPlan& plan, int budget) {
+  for (const auto id : running_) {
+    auto* q = find(id);
+    if (budget > 0 && !q->decoding()) budget -= add_row(plan, *q, budget);
+  }
+  while (budget > 0 && !waiting_.empty() && static_cast<int>(running_.size()) < limits_.max_sequences) {
+    auto* q = find(waiting_.front());
+    const auto admission = admit(*q);
+    if (admission == Admission::deferred) return;  // nobody overtakes, so that large requests get their turn
+    if (admission == Admission::admitted) budget -= add_row(plan, *q, budget);
+  }
+}
+
+int64_t Engine::tokens_to_reserve(const Sequence& q) const {
+  const auto held = static_cast<int64_t>(q.tokens.size());
+  const auto cap = limits_.max_context_tokens > 0 ? limits_.max_context_tokens : std::numeric_limits<int64_t>::max();
+  if (q.request.max_tokens >= 0) return std::min<int64_t>(static_cast<int64_t>(q.prompt_tokens) + q.request.max_tokens, cap);
+  for (const auto more : kMoreTokens) {
+    const auto bytes = runner_.cost_bytes(held + more, q.request.max_kv_size_tokens);
+    if (limits_.memory_bytes == 0 || bytes <= limits_.memory_bytes) return std::min<int64_t>(held + more, cap);
+  }
+  return held;
+}
+
+/** True when so many more bytes may be held; stored prefixes give way, but not in vain. */
+bool Engine::make_room(int64_t bytes) {
+  if (limits_.memory_bytes == 0) return true;
+  const int64_t left = limits_.memory_bytes - reserved_bytes_ - bytes;
+  if (left < 0) return false;
+  release(prefixes_.shrink_to(left));
+  return true;
+}
+
+/** What of the sequence is computed already: in a stored cache, or in one that is in use and can be cut. */
+std::optional<PrefixCache::Hit> Engine::find_reusable(const Sequence& q) {
+  const auto space = static_cast<uint64_t>(q.request.max_kv_size_tokens);
+  if (q.cache != 0 || !q.request.use_prefix_cache || q.overflows(q.tokens.size())) return std::nullopt;
+  auto best = prefixes_.find(q.tokens, space);
+  for (const auto id : running_) {
+    const auto& other = *find(id);
+    if (!other.request.use_prefix_cache || other.request.max_kv_size_tokens != q.request.max_kv_size_tokens) continue;
+    const auto most = std::min<std::size_t>(other.computed_tokens, q.tokens.size() - 1);
+    const auto end = other.tokens.begin() + static_cast<std::ptrdiff_t>(most);
+    const int shared = static_cast<int>(std::mismatch(other.tokens.begin(), end, q.tokens.begin()).first - other.tokens.begin());
+    if (shared < kLeastSharedTokens || (best && shared <= best->usable_tokens)) continue;
+    const auto info = runner_.info(other.cache);
+    if (info.trimmable) best = PrefixCache::Hit{{other.cache, info.tokens, info.bytes, true}, shared};
+  }
+  return best;
+}
+
+Engine::Admission Engine::admit(Sequence& q) {
+  const auto& r = q.request;
+  const auto tokens = tokens_to_reserve(q);
+  auto bytes = runner_.cost_bytes(tokens, r.max_kv_size_tokens);
+  if (q.cache != 0) bytes = std::max(bytes, runner_.info(q.cache).bytes);
+  if (static_cast<int>(running_.size()) >= limits_.max_sequences) return Admission::deferred;
+  auto hit = find_reusable(q);
+  // A copy is as large as what it copies, however little of that is of use.
+  const auto with_hit = hit ? std::max(bytes, hit->entry.bytes) : bytes;
+  if (hit && limits_.memory_bytes > 0 && reserved_bytes_ + hit->entry.bytes + with_hit > limits_.memory_bytes) hit.reset();
+  if (hit) bytes = with_hit;
+  if (!make_room(bytes)) {
+    // With nobody running there is nothing to wait for.
+    if (!running_.empty()) return Admission::deferred;
+    fail(q, Error(Code::out_of_memory, "prompt",
+                  fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB", tokens, static_cast<double>(bytes) / 1e9,
+                              static_cast<double>(limits_.memory_bytes) / 1e9)));
+    return Admission::failed;
+  }
+  try {
+    if (hit) {
+      q.cache = runner_.copy(hit->entry.cache, hit->usable_tokens);
+      q.computed_tokens = q.reused_tokens = hit->usable_tokens;
+      counters_.reused_tokens += hit->usable_tokens;
+    } else if (q.cache == 0) {
+      q.cache = runner_.reserve(std::min<int64_t>(tokens, static_cast<int64_t>(q.tokens.size()) + kAnswerTokens), r.max_kv_size_tokens);
+    }
+  } catch (...) {
+    fail(q, current_error());
+    return Admission::failed;
+  }
+  q.reserved_tokens = tokens;
+  q.reserved_bytes = bytes;
+  reserved_bytes_ += bytes;
+  q.running = true;
+  std::erase(waiting_, q.id);
+  running_.push_back(q.id);
+  return Admission::admitted;
+}
+
+/** More room for an answer without a limit. False when it had to give way, or ended. */
+bool Engine::extend(Sequence& q) {
+  const auto held = static_cast<int64_t>(q.tokens.size());
+  for (const auto more : kMoreTokens) {
+    const auto bytes = std::max(q.reserved_bytes, runner_.cost_bytes(held + more, q.request.max_kv_size_tokens));
+    if (!make_room(bytes - q.reserved_bytes)) continue;
+    reserved_bytes_ += bytes - q.reserved_bytes;
+    q.reserved_bytes = bytes;
+    q.reserved_tokens = held + more;
+    return true;
+  }
+  if (running_.size() > 1) {
+    preempt(q);  // the others will end one day
+  } else {
+    fail(q, Error(Code::out_of_memory, "answer",
+                  fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB", held + 1,
+                              static_cast<double>(runner_.cost_bytes(held + 1, q.request.max_kv_size_tokens)) / 1e9,
+                              static_cast<double>(limits_.memory_bytes) / 1e9)));
+  }
+  return false;
+}
+
+/** Back to the head of the queue; what was computed is computed again. */
+void Engine::preempt(Sequence& q) {
+  drop_cache(q);
+  q.running = false;
+  std::erase(running_, q.id);
+  waiting_.push_front(q.id);
+}
+
+}  // namespace mlxlm::engine
