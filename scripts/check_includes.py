@@ -5,7 +5,7 @@ import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-NO_MLX = {"base", "text", "hub", "arch", "plan"}
+NO_MLX = {"base", "text", "hub", "arch", "plan", "engine"}
 # What each room may include, itself apart: the same arrows as the link lines of CMakeLists.txt, closed over.
 MAY_INCLUDE = {
     "base": set(),
@@ -19,9 +19,10 @@ MAY_INCLUDE = {
     "cache": {"base", "arch", "plan", "weights", "kernels", "nn"},
     "model": {"base", "arch", "plan", "weights", "kernels", "nn", "cache"},
     "sample": {"base"},
-    "gen": {"base", "arch", "plan", "weights", "kernels", "nn", "cache", "model", "sample", "text"},
-    "api": {"base", "arch", "plan", "weights", "kernels", "nn", "cache", "model", "sample", "text", "gen", "hub"},
-    "cli": {"base", "arch", "plan", "weights", "kernels", "nn", "cache", "model", "sample", "text", "gen", "hub", "api"},
+    "engine": {"base"},
+    "gen": {"base", "arch", "plan", "weights", "kernels", "nn", "cache", "model", "sample", "text", "engine"},
+    "api": {"base", "arch", "plan", "weights", "kernels", "nn", "cache", "model", "sample", "text", "engine", "gen", "hub"},
+    "cli": {"base", "arch", "plan", "weights", "kernels", "nn", "cache", "model", "sample", "text", "engine", "gen", "hub", "api"},
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 

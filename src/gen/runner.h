@@ -1,0 +1,68 @@
+// Runs the engine's steps on a model: all rows in one call of it, then each row's own choice of a token.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <optional>
+
+#include "engine/engine.h"
+#include "model/causal_model.h"
+#include "sample/sample.h"
+
+namespace mlxlm::gen {
+
+namespace mx = mlx::core;
+
+sample::SamplerOptions sampler_options(const engine::Sampling& sampling);
+sample::ProcessorOptions processor_options(const engine::Sampling& sampling);
+
+/** Thread: the one that owns MLX. */
+class ModelRunner final : public engine::Runner {
+ public:
+  /** Runs one token, to learn what caches of this model take. The limits are the engine's: the longest chunk of one sequence
+   *  decides what a window takes. */
+  explicit ModelRunner(model::CausalModel& model, const engine::Limits& limits = {});
+
+  void check(std::span<const int> tokens, const engine::Sampling& sampling) const override;
+  int64_t cost_bytes(int64_t tokens, int max_kv_size_tokens) const override;
+  engine::CacheId reserve(int64_t tokens, int max_kv_size_tokens) override;
+  engine::CacheId copy(engine::CacheId cache, int tokens) override;
+  void trim(engine::CacheId cache, int tokens) override;
+  void free(engine::CacheId cache) noexcept override;
+  engine::CacheInfo info(engine::CacheId cache) const override;
+  void begin(engine::SequenceId sequence, const engine::Sampling& sampling, std::shared_ptr<engine::TokenMask> mask) override;
+  void end(engine::SequenceId sequence) noexcept override;
+  engine::StepResult run(const engine::StepPlan& plan) override;
+
+  /** Caches from elsewhere get an id, and those of an id leave it. */
+  engine::CacheId adopt(cache::Caches caches);
+  cache::Caches take(engine::CacheId cache);
+  const cache::Caches& caches(engine::CacheId cache) const { return held(cache).caches; }
+  /** Caches that live. */
+  std::size_t count() const { return held_.size(); }
+
+ private:
+  struct Held {
+    cache::Caches caches;
+    int tokens = 0;
+  };
+  struct Chooser;
+  struct Choice;
+
+  Held& held(engine::CacheId cache);
+  const Held& held(engine::CacheId cache) const;
+  mx::array logits_of(const engine::StepPlan& plan);
+  std::map<std::size_t, Choice> choose(const engine::StepPlan& plan, const mx::array& logits, engine::StepResult& result);
+  Choice choose_one(const engine::PlannedRow& row, Chooser& chooser, mx::array logits);
+  mx::array masked(const mx::array& logits, engine::TokenMask& mask) const;
+
+  model::CausalModel& model_;
+  int chunk_tokens_, limited_chunk_tokens_;
+  std::vector<int64_t> layer_value_bytes_, layer_fixed_bytes_;
+  std::vector<std::optional<cache::KvShape>> layer_shapes_;  // of layers that keep everything, where memory can be had ahead
+  std::map<engine::CacheId, Held> held_;
+  std::map<engine::SequenceId, std::shared_ptr<Chooser>> choosers_;
+  engine::CacheId last_id_ = 0;
+};
+
+}  // namespace mlxlm::gen
