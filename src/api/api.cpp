@@ -1,14 +1,10 @@
 // The public C++ API over the rooms.
 #include "mlxlm/mlxlm.h"
 
-#include "api/session.h"
+#include "api/impl.h"
 #include "gen/generate.h"
 
 namespace mlxlm {
-
-struct Model::Impl {
-  Session session;
-};
 
 namespace {
 

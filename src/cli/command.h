@@ -17,6 +17,7 @@ namespace mlxlm::cli {
 using Action = std::function<int()>;
 
 void add_generate(CLI::App& app, Action& action);
+void add_batch_generate(CLI::App& app, Action& action);
 void add_chat(CLI::App& app, Action& action);
 void add_describe(CLI::App& app, Action& action);
 void add_cache_prompt(CLI::App& app, Action& action);

@@ -14,7 +14,7 @@ namespace {
 
 using namespace mlxlm;
 
-const std::vector<std::string> kCommands{"benchmark", "cache_prompt", "chat", "describe", "generate", "logits"};
+const std::vector<std::string> kCommands{"batch_generate", "benchmark", "cache_prompt", "chat", "describe", "generate", "logits"};
 // Commands of the reference that are not written yet.
 const std::vector<std::string> kLater{"awq",  "convert",    "dwq",   "dynamic_quant", "evaluate", "fuse",  "gptq",
                                       "lora", "manage",       "perplexity", "serve", "server",        "share",    "upload"};
@@ -43,6 +43,7 @@ int run(int argc, char** argv) {
   app.require_subcommand(0, 1);
   cli::Action action;
   cli::add_generate(app, action);
+  cli::add_batch_generate(app, action);
   cli::add_chat(app, action);
   cli::add_describe(app, action);
   cli::add_logits(app, action);

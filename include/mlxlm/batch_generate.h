@@ -1,0 +1,48 @@
+// The public C++ API, continued: many prompts at once.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "mlxlm/mlxlm.h"
+
+namespace mlxlm {
+
+/** One prompt with its own options. `prompt` is used as it is: see Model::chat_prompt. prefill_step_size is that of BatchOptions. */
+struct BatchPrompt {
+  std::string prompt;
+  GenerateOptions options{};
+};
+
+struct BatchResult {
+  std::string text;
+  std::vector<int> tokens{};      // without the one that ended the answer
+  std::vector<float> logprobs{};  // of `tokens`, when wanted
+  std::string finish_reason;      // "stop", "length", "cancelled"; "error"
+  std::string error;              // one line; empty = none
+  int prompt_tokens = 0, generation_tokens = 0;
+};
+
+struct BatchStats {
+  int64_t prompt_tokens = 0, generation_tokens = 0, steps = 0;
+  double wall_s = 0, generation_tps = 0, peak_memory_gb = 0;
+};
+
+struct BatchOptions {
+  int max_sequences = 32;       // answered at a time
+  int prefill_step_size = 512;  // prompt tokens processed at a time
+  bool want_logprobs = false;
+  std::function<void(std::size_t index, const BatchResult&)> on_result{};  // as each ends
+  const std::atomic<bool>* cancel = nullptr;                               // may be set by another thread
+};
+
+/** Results in order of the prompts. Each is what generate() gives for it alone; one that cannot be run fails alone. */
+std::vector<BatchResult> batch_generate(Model& model, const std::vector<BatchPrompt>& prompts, const BatchOptions& options = {},
+                                        BatchStats* stats = nullptr);
+/** The same options for all. */
+std::vector<BatchResult> batch_generate(Model& model, const std::vector<std::string>& prompts, const GenerateOptions& each = {},
+                                        const BatchOptions& options = {}, BatchStats* stats = nullptr);
+
+}  // namespace mlxlm

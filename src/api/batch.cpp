@@ -1,0 +1,81 @@
+// batch_generate of the public C++ API.
+#include "mlxlm/batch_generate.h"
+
+#include "api/impl.h"
+#include "gen/batch.h"
+
+namespace mlxlm {
+
+namespace {
+
+gen::BatchItem to_item(const BatchPrompt& p, const text::Tokenizer& tokenizer, bool want_logprobs) {
+  const auto& o = p.options;
+  gen::BatchItem item{.prompt = encode_prompt(tokenizer, p.prompt),
+                      .max_tokens = o.max_tokens,
+                      .sampling = {.temperature = o.temperature,
+                                   .top_p = o.top_p,
+                                   .min_p = o.min_p,
+                                   .min_tokens_to_keep = o.min_tokens_to_keep,
+                                   .top_k = o.top_k,
+                                   .xtc_probability = o.xtc_probability,
+                                   .xtc_threshold = o.xtc_threshold,
+                                   .seed = o.seed,
+                                   .logit_bias = o.logit_bias,
+                                   .repetition_penalty = o.repetition_penalty,
+                                   .presence_penalty = o.presence_penalty,
+                                   .frequency_penalty = o.frequency_penalty,
+                                   .repetition_context_size = o.repetition_context_size,
+                                   .presence_context_size = o.presence_context_size,
+                                   .frequency_context_size = o.frequency_context_size,
+                                   .want_logprob = want_logprobs},
+                      .stop = o.stop,
+                      .max_kv_size_tokens = o.max_kv_size};
+  if (o.xtc_probability > 0.f) {
+    auto& special = item.sampling.xtc_special_tokens;
+    special = tokenizer.encode("\n", true);
+    special.insert(special.end(), tokenizer.eos_token_ids().begin(), tokenizer.eos_token_ids().end());
+  }
+  return item;
+}
+
+BatchResult to_public(const gen::BatchAnswer& a) {
+  const char* reason = a.finish == gen::Finish::stop        ? "stop"
+                       : a.finish == gen::Finish::length    ? "length"
+                       : a.finish == gen::Finish::cancelled ? "cancelled"
+                                                            : "error";
+  return {.text = a.text,
+          .tokens = a.tokens,
+          .logprobs = a.logprobs,
+          .finish_reason = reason,
+          .error = a.error ? a.error->what() : "",
+          .prompt_tokens = a.prompt_tokens,
+          .generation_tokens = a.generation_tokens};
+}
+
+}  // namespace
+
+std::vector<BatchResult> batch_generate(Model& model, const std::vector<BatchPrompt>& prompts, const BatchOptions& options, BatchStats* stats) {
+  auto& session = model.impl().session;
+  std::vector<gen::BatchItem> items;
+  for (const auto& p : prompts) items.push_back(to_item(p, session.tokenizer, options.want_logprobs));
+  gen::BatchRun run{.limits = gen::default_limits(options.max_sequences), .cancel = options.cancel};
+  run.limits.prefill_tokens = options.prefill_step_size;
+  if (options.on_result) run.on_answer = [&](std::size_t i, const gen::BatchAnswer& a) { options.on_result(i, to_public(a)); };
+  gen::BatchGenerator::Stats measured;
+  std::vector<BatchResult> results;
+  for (const auto& a : gen::batch_generate(*session.loaded.model, session.tokenizer, items, run, &measured)) results.push_back(to_public(a));
+  if (stats) {
+    *stats = {measured.prompt_tokens, measured.generation_tokens, measured.steps, measured.wall_s, measured.generation_tps(),
+              measured.peak_memory_gb};
+  }
+  return results;
+}
+
+std::vector<BatchResult> batch_generate(Model& model, const std::vector<std::string>& prompts, const GenerateOptions& each,
+                                        const BatchOptions& options, BatchStats* stats) {
+  std::vector<BatchPrompt> all;
+  for (const auto& prompt : prompts) all.push_back({prompt, each});
+  return batch_generate(model, all, options, stats);
+}
+
+}  // namespace mlxlm

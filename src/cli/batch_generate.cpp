@@ -1,0 +1,374 @@
+// mlx-lm batch_generate: a file of prompts, one JSON object a line, answered together. Reference: mlx_lm/generate.py batch_generate
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <limits>
+#include <optional>
+
+#include <fmt/format.h>
+
+#include "api/session.h"
+#include "base/error.h"
+#include "base/thread_pool.h"
+#include "base/utf8.h"
+#include "cli/command.h"
+#include "gen/batch.h"
+
+namespace mlxlm::cli {
+
+namespace {
+
+struct Arguments {
+  std::string model, adapter_path, prompts, chat_template_config;
+  std::vector<std::string> extra_eos, stop;
+  std::optional<std::string> system_prompt;
+  bool trust_remote_code = false, ignore_chat_template = false, strict = false, logprobs = false, quiet = false;
+  int max_tokens = 100, prefill_step_size = 512, batch_size = 32, threads = 0;
+  engine::Sampling sampling;
+  std::optional<int> max_kv_size;
+  std::optional<int64_t> seed;
+};
+
+/** A line of the file: an item, or what is wrong with it. */
+struct Line {
+  int64_t number = 0;
+  json id;  // the line's own "id", null if none
+  gen::BatchItem item;
+  std::string text;              // of "prompt"
+  json messages;                 // or "messages"
+  std::optional<Error> error;
+};
+
+template <typename T>
+void read_number(const json& line, const char* key, T& value, double least, double most) {
+  const auto at = line.find(key);
+  if (at == line.end() || at->is_null()) return;
+  const bool whole = std::is_integral_v<T>;
+  if (!(whole ? at->is_number_integer() : at->is_number())) {
+    throw Error(Code::bad_request, key, fmt::format("got {}, wanted {}", to_text(*at), whole ? "a whole number" : "a number"));
+  }
+  const double got = at->get<double>();
+  if (!(got >= least && got <= most)) throw Error(Code::bad_request, key, fmt::format("got {}, wanted {} to {}", to_text(*at), least, most));
+  value = at->get<T>();
+}
+
+void read_stop(const json& line, std::vector<std::string>& stop) {
+  const auto at = line.find("stop");
+  if (at == line.end() || at->is_null()) return;
+  stop.clear();
+  for (const auto& one : at->is_array() ? *at : json::array({*at})) {
+    if (!one.is_string()) throw Error(Code::bad_request, "stop", "wanted a text or a list of texts");
+    stop.push_back(one.get<std::string>());
+  }
+}
+
+void read_logit_bias(const json& line, std::map<int, float>& bias) {
+  const auto at = line.find("logit_bias");
+  if (at == line.end() || at->is_null()) return;
+  if (!at->is_object()) throw Error(Code::bad_request, "logit_bias", "wanted an object of numbers by token");
+  for (const auto& [key, value] : at->items()) {
+    char* end = nullptr;
+    const long token = std::strtol(key.c_str(), &end, 10);
+    if (key.empty() || *end != 0 || token < 0 || token > std::numeric_limits<int>::max() || !value.is_number()) {
+      throw Error(Code::bad_request, "logit_bias", fmt::format("got '{}': {}, wanted a token's number and a number", key, to_text(value)));
+    }
+    bias[static_cast<int>(token)] = value.get<float>();
+  }
+}
+
+void read_fields(const json& line, gen::BatchItem& item) {
+  constexpr double big = std::numeric_limits<int>::max(), huge = std::numeric_limits<float>::max();
+  auto& s = item.sampling;
+  read_number(line, "max_tokens", item.max_tokens, -1, big);
+  read_number(line, "max_kv_size", item.max_kv_size_tokens, 0, big);
+  read_number(line, "temp", s.temperature, 0, huge);
+  read_number(line, "temperature", s.temperature, 0, huge);
+  read_number(line, "top_p", s.top_p, 0, 1);
+  read_number(line, "min_p", s.min_p, 0, 1);
+  read_number(line, "top_k", s.top_k, 0, big);
+  read_number(line, "min_tokens_to_keep", s.min_tokens_to_keep, 1, big);
+  read_number(line, "xtc_probability", s.xtc_probability, 0, 1);
+  read_number(line, "xtc_threshold", s.xtc_threshold, 0, 0.5);
+  read_number(line, "repetition_penalty", s.repetition_penalty, 0, huge);
+  read_number(line, "repetition_context_size", s.repetition_context_size, 0, big);
+  read_number(line, "presence_penalty", s.presence_penalty, -huge, huge);
+  read_number(line, "presence_context_size", s.presence_context_size, 0, big);
+  read_number(line, "frequency_penalty", s.frequency_penalty, -huge, huge);
+  read_number(line, "frequency_context_size", s.frequency_context_size, 0, big);
+  if (line.contains("seed") && !line.at("seed").is_null()) {
+    int64_t seed = 0;
+    read_number(line, "seed", seed, 0, 9e15);
+    s.seed = static_cast<uint64_t>(seed);
+  }
+  read_stop(line, item.stop);
+  read_logit_bias(line, s.logit_bias);
+}
+
+void parse_line(const std::string& text, const gen::BatchItem& defaults, Line& line) {
+  const json value = parse_json(text, "JSON");
+  if (!value.is_object()) throw Error(Code::bad_request, "JSON", "wanted an object");
+  line.id = value.value("id", json());
+  line.item = defaults;
+  const bool prompt = value.contains("prompt"), messages = value.contains("messages");
+  if (prompt == messages) throw Error(Code::bad_request, "prompt", "wanted either \"prompt\" or \"messages\"");
+  if (prompt) {
+    if (!value.at("prompt").is_string()) throw Error(Code::bad_request, "prompt", "wanted a text");
+    line.text = value.at("prompt").get<std::string>();
+  } else {
+    if (!value.at("messages").is_array() || value.at("messages").empty()) throw Error(Code::bad_request, "messages", "wanted a list of messages");
+    line.messages = value.at("messages");
+  }
+  read_fields(value, line.item);
+}
+
+/** One entry a line that is not blank. */
+std::vector<Line> read_lines(std::istream& in, const std::string& name, const gen::BatchItem& defaults) {
+  std::vector<Line> lines;
+  std::string text;
+  for (int64_t number = 1; std::getline(in, text); ++number) {
+    if (number == 1 && text.starts_with("\xEF\xBB\xBF")) text.erase(0, 3);
+    if (text.find_first_not_of(" \t\r") == std::string::npos) continue;
+    auto& line = lines.emplace_back();
+    line.number = number;
+    try {
+      parse_line(text, defaults, line);
+    } catch (const Error& e) {
+      std::string what = e.what();
+      if (const auto at = what.find("at line 1, "); at != std::string::npos) what.erase(at + 3, 8);  // it is one line, and not the first
+      line.error = Error(Code::bad_request, what);
+    }
+  }
+  if (in.bad()) throw Error(Code::io, name, "could not be read");
+  return lines;
+}
+
+std::vector<int> tokens_of(const Line& line, const Arguments& a, const text::Tokenizer& tokenizer, const json& variables) {
+  std::vector<int> tokens;
+  if (line.messages.is_null() && (a.ignore_chat_template || !tokenizer.has_chat_template())) {
+    tokens = tokenizer.encode(line.text, true);
+  } else {
+    json messages = line.messages;
+    if (messages.is_null()) {
+      messages = json::array({{{"role", "user"}, {"content", line.text}}});
+      if (line.text.empty() && !a.system_prompt) throw Error(Code::bad_request, "prompt", "got an empty text, wanted a message");
+    }
+    if (a.system_prompt && messages.front().value("role", "") != "system") {
+      messages.insert(messages.begin(), json{{"role", "system"}, {"content", *a.system_prompt}});
+    }
+    text::TemplateOptions options;
+    options.extra = variables;
+    tokens = tokenizer.encode(tokenizer.apply_chat_template(messages, options), false);
+  }
+  if (tokens.empty()) throw Error(Code::bad_request, "prompt", "got an empty text, wanted at least one token");
+  return tokens;
+}
+
+const char* finish_name(const gen::BatchAnswer& a) {
+  return a.finish == gen::Finish::stop ? "stop" : a.finish == gen::Finish::length ? "length" : "cancelled";
+}
+
+json to_json(const Line& line, const gen::BatchAnswer& answer) {
+  json result{{"line", line.number}};
+  if (!line.id.is_null()) result["id"] = line.id;
+  if (answer.error) {
+    result["error"] = {{"code", std::string(code_name(answer.error->code()))}, {"message", answer.error->what()}};
+    return result;
+  }
+  result["text"] = to_valid_utf8(answer.text);
+  result["tokens"] = answer.tokens;
+  if (line.item.sampling.want_logprob) result["logprobs"] = answer.logprobs;
+  result["finish_reason"] = finish_name(answer);
+  result["prompt_tokens"] = answer.prompt_tokens;
+  result["generation_tokens"] = answer.generation_tokens;
+  return result;
+}
+
+/** Prints results as they come, each when all before it are printed. */
+class Printer {
+ public:
+  explicit Printer(const std::vector<Line>& lines) : lines_(lines), results_(lines.size()) {}
+  void take(std::size_t index, const gen::BatchAnswer& answer) {
+    if (answer.error) {
+      ++failed_;
+      fmt::print(stderr, "mlx-lm: line {}: {}\n", lines_[index].number, answer.error->what());
+    }
+    ++done_;
+    results_[index] = answer.finish == gen::Finish::cancelled ? std::string() : to_text(to_json(lines_[index], answer)) + "\n";
+    cancelled_ += answer.finish == gen::Finish::cancelled;
+    for (; next_ < results_.size() && results_[next_]; ++next_) {
+      std::fwrite(results_[next_]->data(), 1, results_[next_]->size(), stdout);
+      results_[next_]->clear();
+    }
+    if (std::fflush(stdout) != 0) throw Error(Code::io, "stdout", "could not be written");
+  }
+  std::size_t done() const { return done_; }
+  int failed() const { return failed_; }
+  int cancelled() const { return cancelled_; }
+
+ private:
+  const std::vector<Line>& lines_;
+  std::vector<std::optional<std::string>> results_;
+  std::size_t next_ = 0, done_ = 0;
+  int failed_ = 0, cancelled_ = 0;
+};
+
+std::string bar(std::size_t done, std::size_t total, const gen::BatchGenerator::Stats& s) {
+  constexpr std::size_t width = 24;
+  const auto filled = total == 0 ? width : done * width / total;
+  return fmt::format("[{}{}] {} of {} prompts, {} tokens, {:.1f} tokens-per-sec", std::string(filled, '#'), std::string(width - filled, '.'),
+                     done, total, s.generation_tokens, s.generation_tps());
+}
+
+gen::BatchItem to_defaults(const Arguments& a) {
+  gen::BatchItem item{.max_tokens = a.max_tokens, .sampling = a.sampling, .stop = a.stop, .max_kv_size_tokens = a.max_kv_size.value_or(0)};
+  if (a.seed) {
+    if (*a.seed < 0) throw Error(Code::bad_request, "seed", fmt::format("got {}, wanted 0 or more", *a.seed));
+    item.sampling.seed = static_cast<uint64_t>(*a.seed);
+  }
+  if (a.max_kv_size && *a.max_kv_size < 1) throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted at least 1", *a.max_kv_size));
+  if (a.max_tokens == 0 || a.max_tokens < -1) {
+    throw Error(Code::bad_request, "max_tokens", fmt::format("got {}, wanted at least 1, or -1 for no limit", a.max_tokens));
+  }
+  item.sampling.want_logprob = a.logprobs;
+  sample::check(gen::sampler_options(item.sampling));
+  sample::check(gen::processor_options(item.sampling));
+  return item;
+}
+
+std::vector<Line> read_input(const Arguments& a, const gen::BatchItem& defaults) {
+  std::vector<Line> lines;
+  if (a.prompts == "-") {
+    lines = read_lines(std::cin, "stdin", defaults);
+  } else {
+    std::ifstream file(a.prompts, std::ios::binary);
+    if (!file) throw Error(Code::not_found, a.prompts, "could not be opened");
+    lines = read_lines(file, a.prompts, defaults);
+  }
+  return lines;
+}
+
+/** The first broken line ends everything. */
+void be_strict(const std::vector<Line>& lines) {
+  for (const auto& line : lines) {
+    if (line.error) throw Error(line.error->code(), fmt::format("line {}", line.number), line.error->what());
+  }
+}
+
+void encode(std::vector<Line>& lines, const Arguments& a, const text::Tokenizer& tokenizer) {
+  json variables = json::object();
+  if (!a.chat_template_config.empty()) variables = parse_json(a.chat_template_config, "--chat-template-config");
+  if (!variables.is_object()) throw Error(Code::bad_request, "--chat-template-config", "wanted a JSON object");
+  auto special = tokenizer.encode("\n", true);
+  special.insert(special.end(), tokenizer.eos_token_ids().begin(), tokenizer.eos_token_ids().end());
+  for (auto& line : lines) {
+    if (line.error) continue;
+    try {
+      line.item.prompt = tokens_of(line, a, tokenizer, variables);
+      if (line.item.sampling.xtc_probability > 0) line.item.sampling.xtc_special_tokens = special;
+    } catch (const Error& e) {
+      line.error = e;
+    }
+  }
+}
+
+/** Answers the good lines and returns the exit status. */
+int answer(const std::vector<Line>& lines, const Arguments& a, Session& session) {
+  Printer printer(lines);
+  std::vector<gen::BatchItem> items;
+  std::vector<std::size_t> index_of;
+  for (std::size_t i = 0; i < lines.size(); ++i) {
+    if (lines[i].error) {
+      printer.take(i, {.error = lines[i].error});
+    } else {
+      items.push_back(lines[i].item);
+      index_of.push_back(i);
+    }
+  }
+  StatusLine status;
+  const InterruptGuard guard;
+  gen::BatchRun run{.limits = gen::default_limits(a.batch_size), .cancel = &InterruptGuard::flag()};
+  run.limits.prefill_tokens = a.prefill_step_size;
+  run.on_answer = [&](std::size_t i, const gen::BatchAnswer& result) {
+    status.clear();
+    printer.take(index_of[i], result);
+  };
+  run.on_step = [&](const auto& stats) {
+    if (!a.quiet) status.show(bar(printer.done(), lines.size(), stats));
+  };
+  gen::BatchGenerator::Stats stats;
+  gen::batch_generate(*session.loaded.model, session.tokenizer, items, run, &stats);
+  status.clear();
+  if (!a.quiet) {
+    fmt::print(stderr, "Prompts: {} done, {} failed, {} not finished\n", printer.done() - printer.failed() - printer.cancelled(), printer.failed(),
+               printer.cancelled());
+    fmt::print(stderr, "Prompt: {} tokens\nGeneration: {} tokens, {:.3f} tokens-per-sec over all\nPeak memory: {:.3f} GB\n", stats.prompt_tokens,
+               stats.generation_tokens, stats.generation_tps(), stats.peak_memory_gb);
+  }
+  if (printer.cancelled() > 0) return exit_status(Code::cancelled);
+  return printer.failed() > 0 ? 1 : 0;
+}
+
+int run(const Arguments& a) {
+  const auto at_least = [](const char* name, int value, int least) {
+    if (value < least) throw Error(Code::bad_request, name, fmt::format("got {}, wanted at least {}", value, least));
+  };
+  at_least("--batch-size", a.batch_size, 1);
+  at_least("--prefill-step-size", a.prefill_step_size, 1);
+  at_least("--threads", a.threads, 0);
+  if (a.threads > 0) set_compute_threads(a.threads);
+  auto lines = read_input(a, to_defaults(a));
+  if (a.strict) be_strict(lines);
+  const auto path = find_model(a.model);
+  StatusLine line;
+  line.show(fmt::format("Loading {}", path.string()));
+  auto session = open_session(path, a.adapter_path);
+  line.clear();
+  for (const auto& token : a.extra_eos) session.tokenizer.add_eos_token(token);
+  encode(lines, a, session.tokenizer);
+  if (a.strict) be_strict(lines);
+  return answer(lines, a, session);
+}
+
+void add_sampling(CLI::App& c, Arguments& a) {
+  auto& s = a.sampling;
+  c.add_option("-m,--max-tokens", a.max_tokens, "Most tokens of an answer; -1 = no limit")->capture_default_str();
+  c.add_option("--temp", s.temperature, "Sampling temperature; 0 = the most likely token")->capture_default_str();
+  c.add_option("--top-p", s.top_p, "Sampling top-p")->capture_default_str();
+  c.add_option("--min-p", s.min_p, "Sampling min-p")->capture_default_str();
+  c.add_option("--top-k", s.top_k, "Sampling top-k; 0 = off")->capture_default_str();
+  c.add_option("--xtc-probability", s.xtc_probability, "Probability of XTC for each token")->capture_default_str();
+  c.add_option("--xtc-threshold", s.xtc_threshold, "Probability that makes a token a candidate of XTC")->capture_default_str();
+  c.add_option("--min-tokens-to-keep", s.min_tokens_to_keep, "Tokens that min-p keeps at least")->capture_default_str();
+  c.add_option("--seed", a.seed, "Seed of each line that has none of its own; random when not given");
+  c.add_option("--stop", a.stop, "Texts that end an answer");
+}
+
+}  // namespace
+
+void add_batch_generate(CLI::App& app, Action& action) {
+  auto a = std::make_shared<Arguments>();
+  auto& c = *app.add_subcommand("batch_generate", "Answer a file of prompts, many at a time");
+  c.add_option("--model", a->model, "Folder, .gguf file or repository (org/name); the default model when not given");
+  c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
+  c.add_option("--adapter-path", a->adapter_path, "Folder of a trained adapter");
+  c.add_option("--prompts", a->prompts, "JSON lines, each {\"prompt\": text} or {\"messages\": [...]}; '-' reads stdin. A line may have an id and its own "
+                                        "max_tokens, temp, top_p, min_p, top_k, seed, stop, penalties, logit_bias")
+      ->required();
+  c.add_option("--extra-eos-token", a->extra_eos, "Tokens, or their ids, that also end an answer");
+  c.add_option("--system-prompt", a->system_prompt, "System message for the chat template, where a line has none");
+  add_sampling(c, *a);
+  c.add_flag("--logprobs", a->logprobs, "Also print the log-probability of each token");
+  c.add_flag("--ignore-chat-template", a->ignore_chat_template, "Use each \"prompt\" as it is");
+  c.add_option("--chat-template-config", a->chat_template_config, "JSON object of further variables for the chat template");
+  c.add_option("--max-kv-size", a->max_kv_size, "Most tokens that each cache holds; unbounded when not given");
+  c.add_option("--prefill-step-size", a->prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
+  c.add_option("--batch-size", a->batch_size, "Most prompts answered at a time")->capture_default_str();
+  c.add_option("--threads", a->threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
+  c.add_flag("--strict", a->strict, "A broken line ends everything before the first answer");
+  c.add_flag("--quiet", a->quiet, "No progress and no summary on stderr");
+  c.footer("Example:\n  mlx-lm batch_generate --prompts questions.jsonl --max-tokens 200 > answers.jsonl");
+  c.callback([a, &action] { action = [a] { return run(*a); }; });
+}
+
+}  // namespace mlxlm::cli

@@ -1,0 +1,89 @@
+"""mlx-lm batch_generate from outside: the answers of generate, in order, and one clear line for every broken line."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+from tiny_model import IM_END, PROGRAM, environment, run, write_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def answers(result):
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_the_answers_of_generate_in_input_order(model, tmp_path):
+    lines = [
+        {"prompt": "hello", "max_tokens": 12},
+        {"prompt": "once upon a time " * 20, "max_tokens": 3, "id": "second"},
+        {"prompt": "sampled", "temp": 0.9, "seed": 7, "top_p": 0.8},
+        {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12},
+    ]
+    result = run("batch_generate", "--model", model, "--prompts", write(tmp_path, *lines), "-m", 20, "--batch-size", 3)
+    assert result.returncode == 0, result.stderr
+    got = answers(result)
+    assert [a["line"] for a in got] == [1, 2, 3, 4] and got[1]["id"] == "second"
+    assert got[0]["tokens"] == got[3]["tokens"] and len(got[0]["tokens"]) == 12
+    assert "3 done" not in result.stderr and "4 done, 0 failed" in result.stderr
+    for line, a in zip(lines[:3], got):
+        args = ["-m", line.get("max_tokens", 20)]
+        for flag in ("temp", "seed"):
+            args += [f"--{flag}", line[flag]] if flag in line else []
+        args += ["--top-p", line["top_p"]] if "top_p" in line else []
+        alone = json.loads(run("generate", "--model", model, "-p", line["prompt"], "--json", *args).stdout)
+        for key in ("text", "tokens", "finish_reason", "prompt_tokens", "generation_tokens"):
+            assert a[key] == alone[key], key
+
+
+def test_broken_lines_are_named_and_the_others_answered(model, tmp_path):
+    good = {"prompt": "hello", "max_tokens": 2}
+    broken = ["{", "[1]", {"text": "x"}, {"prompt": 5}, {"prompt": "x", "messages": []}, {"messages": []}, {"prompt": "x", "temp": "hot"},
+              {"prompt": "x", "temp": -1}, {"prompt": "x", "max_tokens": 0}, {"prompt": "x", "top_k": 10**9}, {"prompt": "x", "seed": -3},
+              {"prompt": "x", "stop": [1]}, {"prompt": "x", "logit_bias": {"a": 1}}, {"prompt": "x", "logit_bias": {"100000": 1}},
+              {"prompt": "x", "max_tokens": 1.5}, {"messages": [{"content": "no role"}]}, "\x00", "null"]
+    path = write(tmp_path, good, *broken, "", good)
+    result = run("batch_generate", "--model", model, "--prompts", path)
+    assert result.returncode == 1
+    got = answers(result)
+    assert len(got) == len(broken) + 2
+    assert got[0]["finish_reason"] == "length" and got[-1]["tokens"] == got[0]["tokens"]
+    for number, answer in enumerate(got[1:-1], 2):
+        assert answer["line"] == number
+        if "error" in answer:
+            assert f"line {number}: " in result.stderr
+    failed = [a for a in got if "error" in a]
+    assert len(failed) >= len(broken) - 1  # a template may accept a message without a role
+    strict = run("batch_generate", "--model", model, "--prompts", path, "--strict")
+    assert strict.returncode == 1 and strict.stdout == "" and "line 2: " in strict.stderr and strict.stderr.count("\n") <= 2
+
+
+def test_stdin_and_empty_files(model, tmp_path):
+    result = run("batch_generate", "--model", model, "--prompts", "-", "-m", 2, stdin='{"prompt": "x"}\n')
+    assert result.returncode == 0 and len(answers(result)) == 1
+    result = run("batch_generate", "--model", model, "--prompts", write(tmp_path), "--quiet")
+    assert result.returncode == 0 and result.stdout == "" and result.stderr == ""
+    assert run("batch_generate", "--model", model, "--prompts", tmp_path / "none").returncode == 1
+
+
+def test_ctrl_c_keeps_what_is_done(model, tmp_path):
+    path = write(tmp_path, {"prompt": "hello", "max_tokens": 2}, *[{"prompt": "hello", "max_tokens": 100000, "logit_bias": {str(IM_END): -100}}] * 3)
+    process = subprocess.Popen([PROGRAM, "batch_generate", "--model", str(model), "--prompts", str(path)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=environment())
+    first = process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == "" and json.loads(first)["finish_reason"] == "length"
+    assert "1 done, 0 failed, 3 not finished" in err
