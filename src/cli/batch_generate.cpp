@@ -322,7 +322,7 @@ int run(const Arguments& a) {
   const auto path = find_model(a.model);
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
-  auto session = open_session(path, a.adapter_path);
+  auto session = open_session(path, {.executor = model::Executor::best, .adapter = a.adapter_path, .quantize_activations = false});
   line.clear();
   for (const auto& token : a.extra_eos) session.tokenizer.add_eos_token(token);
   encode(lines, a, session.tokenizer);

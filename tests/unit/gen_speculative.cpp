@@ -64,7 +64,7 @@ std::unique_ptr<model::CausalModel> tiny_model(const std::string& name, int more
   info["seed"] = info.at("seed").get<int>() + more_seed;
   auto made = tests::make_checkpoint(info.at("config"), info);
   return model::make_model(std::move(made.description), std::move(made.tensors), made.quant,
-                           graph ? model::Executor::graph : model::Executor::best);
+                           {.executor = graph ? model::Executor::graph : model::Executor::best, .adapters = {}, .quantize_activations = false});
 }
 
 /** Drafts of the same model, of another one, and of the text itself. */
