@@ -247,7 +247,7 @@ void add_tensor(const GgufTensor& t, const GgufFile& file, const std::string& na
 }  // namespace
 
 Gguf load_gguf(const std::filesystem::path& path, bool with_tensors) {
-  const GgufFile file = read_gguf(path);
+  GgufFile file = read_gguf(path);
   const std::string where = path.string();
   const auto it = file.metadata.find("general.architecture");
   const std::string architecture = it != file.metadata.end() && it->is_string() ? it->get<std::string>() : "";
@@ -255,7 +255,7 @@ Gguf load_gguf(const std::filesystem::path& path, bool with_tensors) {
   if (family == families.end()) {
     throw Error(Code::unsupported, where, "general.architecture: got '" + shown_name(architecture) + "', wanted llama, qwen2, qwen3 or gemma3");
   }
-  Gguf model{read_config(file, architecture, where), file.metadata, {}};
+  Gguf model{read_config(file, architecture, where), json::object(), {}};
   model.checkpoint.file_bytes = static_cast<int64_t>(file.mapped->bytes().size());
   const bool any_quantized = std::ranges::any_of(file.tensors, [](const GgufTensor& t) { return is_quantized(t.type); });
   json quantization = {{"group_size", 32}, {"bits", 4}};
@@ -271,7 +271,8 @@ Gguf load_gguf(const std::filesystem::path& path, bool with_tensors) {
     const int64_t heads = family->second.permuted_qk ? permuted_heads(t, model.config, where) : 0;
     if (with_tensors) add_tensor(t, file, name, family->second, heads, any_quantized, model.checkpoint.tensors);
   }
-  if (any_quantized) model.config["quantization"] = quantization;
+  if (any_quantized) model.config["quantization"] = std::move(quantization);
+  model.metadata = std::move(file.metadata);  // a vocabulary: not twice
   return model;
 }
 

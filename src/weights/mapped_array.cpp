@@ -6,10 +6,24 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <string>
+
+#include "base/error.h"
 
 namespace mlxlm::weights {
 
 namespace detail {
+
+mx::allocator::Data reserve(std::size_t bytes) {
+  constexpr std::size_t small = 1 << 16, before = 64;  // room for the size, and the alignment of what follows
+  if (bytes < small) return mx::allocator::Data(mx::allocator::malloc(bytes));
+  const std::size_t length = bytes + before;
+  void* const base = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) throw Error(Code::out_of_memory, "weights", "cannot reserve " + std::to_string(bytes >> 20) + " MiB");
+  auto* const size = static_cast<std::byte*>(base) + before - sizeof(std::size_t);
+  std::memcpy(size, &bytes, sizeof(bytes));
+  return mx::allocator::Data(mx::allocator::Buffer(size), [base, length](mx::allocator::Buffer) { ::munmap(base, length); });
+}
 
 void adopt(mx::array& a, mx::allocator::Data data) {
   mx::Strides strides(a.ndim());

@@ -198,12 +198,6 @@ TEST_F(ModelLoad, WeightsThatDoNotFit) {
   expect_error(Code::bad_weights, {"does not begin with GGUF"}, [&] { load(write("notes.txt", std::string(100, 'x'))); });
 }
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool sanitized = true;
-#else
-constexpr bool sanitized = false;
-#endif
-
 /** A field of /proc/self/status in bytes, 0 where there is none. */
 int64_t status_bytes(const std::string& field) {
   std::ifstream status("/proc/self/status");

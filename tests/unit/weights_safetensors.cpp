@@ -274,7 +274,7 @@ TEST_F(Safetensors, HugeHeadersTakeLinearTime) {
   const auto loaded = load_folder(folder_);
   EXPECT_EQ(loaded.tensors.size(), 50'000u);
   EXPECT_EQ(loaded.metadata.size(), 50'000u);
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  EXPECT_LT(std::chrono::steady_clock::now() - start, bound(5));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
@@ -49,6 +50,16 @@ std::string bytes_of(const std::vector<T>& values) {
 
 /** A .safetensors file with any header. */
 inline std::string safetensors(const std::string& header, const std::string& data) { return bytes_of<uint64_t>(header.size()) + header + data; }
+
+/** Sanitizers multiply times and keep memory of their own. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+inline constexpr bool sanitized = true;
+#else
+inline constexpr bool sanitized = false;
+#endif
+
+/** A bound that tells linear from quadratic on any machine. */
+inline std::chrono::seconds bound(int seconds) { return std::chrono::seconds(sanitized ? 40 * seconds : seconds); }
 
 /** One line with every part in it, from an Error with this code. */
 template <class Act>
