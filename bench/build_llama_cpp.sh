@@ -20,5 +20,5 @@ if [ ! -x build/bin/llama-bench ]; then
   fi
   cmake -G Ninja -S llama_cpp_python-$version/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release "${flags[@]}" -DLLAMA_CURL=OFF \
     -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_UI=OFF
-  ninja -C build llama-bench
+  ninja -C build llama-bench llama-batched-bench
 fi

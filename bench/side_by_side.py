@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Alternates this program and llama.cpp on the same model, and prints medians and ratios. Called by side_by_side.sh (./dev bench).
 
-A round runs each of: this program on the Q4_1 file, llama-bench on the same file, llama-bench on a Q4_0 copy (its fastest 4-bit format).
-Prefill is a prompt of about 512 tokens, decode is 64 tokens after a short prompt; both as tokens/s, as each program itself reports them.
-Each round is one line of JSON in --output, the last line the medians.
+A round runs each of: this program on the Q4_1 file, llama.cpp on the same file, llama.cpp on a Q4_0 copy (its fastest 4-bit format). Both report
+tokens/s themselves: prefill of --prefill tokens, decode of --decode tokens after a short prompt, the same after --context tokens, and --sequences
+sequences decoding together (total). Each round is one line of JSON in --output, the last line the medians.
 """
 import argparse
 import datetime
@@ -25,29 +25,40 @@ def output_of(command, env=None):
     return done.stdout
 
 
-def ours(args, prompt, tokens):
-    text = output_of([args.program, "generate", "--model", args.model, "--ignore-chat-template", "--prompt", prompt, "--max-tokens", str(tokens),
-                      "--temp", "0", "--threads", str(args.threads), "--json"])
-    return json.loads(text)
+def ours(args, prompt, tokens, sequences=1):
+    text = output_of([args.program, "benchmark", "--model", args.model, "-p", str(prompt), "-g", str(tokens), "-b", str(sequences), "-n", "1",
+                      "--threads", str(args.threads), "--cpu-precision", args.cpu_precision, "--json"])
+    result = json.loads(text)
+    return {kind: result[kind + "_tps"][0] for kind in ("prompt", "generation")}
 
 
 def measure_ours(args):
-    prompt = ours(args, "the" + " the" * (args.prefill - 1), 1)
-    answer = ours(args, "Once upon a time", args.decode)
-    if prompt["prompt_tokens"] != args.prefill or answer["generation_tokens"] != args.decode:
-        sys.exit(f"error: measured {prompt['prompt_tokens']} and {answer['generation_tokens']} tokens, wanted {args.prefill} and {args.decode}")
-    return {"prefill": prompt["prompt_tps"], "decode": answer["generation_tps"]}
+    rates = {"prefill": ours(args, args.prefill, 1)["prompt"], "decode": ours(args, 4, args.decode)["generation"]}
+    if args.context:
+        rates["decode in context"] = ours(args, args.context, args.decode)["generation"]
+    for count in args.sequences:
+        rates[f"{count} sequences"] = ours(args, 16, args.decode, count)["generation"]
+    return rates
+
+
+def bench_llama(args, model, *flags):
+    """Rate of the last test of the call."""
+    text = output_of([args.llama_cpp / "llama-bench", "-m", model, "-t", str(args.threads), "-r", "1", "-o", "jsonl", *flags], llama_env(args))
+    return [json.loads(line)["avg_ts"] for line in text.splitlines() if line.startswith("{")][-1]
+
+
+def llama_env(args):
+    return dict(os.environ, LD_LIBRARY_PATH=str(args.llama_cpp))
 
 
 def measure_llama(args, model):
-    env = dict(os.environ, LD_LIBRARY_PATH=str(pathlib.Path(args.llama_bench).parent))
-    text = output_of([args.llama_bench, "-m", model, "-p", str(args.prefill), "-n", str(args.decode), "-t", str(args.threads), "-r", "1",
-                      "-o", "jsonl"], env)
-    rates = {}
-    for line in text.splitlines():
-        if line.startswith("{"):
-            row = json.loads(line)
-            rates["decode" if row["n_gen"] else "prefill"] = row["avg_ts"]
+    rates = {"prefill": bench_llama(args, model, "-p", str(args.prefill), "-n", "0"), "decode": bench_llama(args, model, "-p", "0", "-n", str(args.decode))}
+    if args.context:
+        rates["decode in context"] = bench_llama(args, model, "-p", "0", "-n", str(args.decode), "-d", str(args.context))
+    for count in args.sequences:
+        text = output_of([args.llama_cpp / "llama-batched-bench", "-m", model, "-c", str(count * (args.decode + 32)), "-npp", "16", "-ntg", str(args.decode),
+                          "-npl", str(count), "-t", str(args.threads), "--output-format", "jsonl"], llama_env(args))
+        rates[f"{count} sequences"] = [json.loads(line)["speed_tg"] for line in text.splitlines() if line.startswith("{")][-1]
     return rates
 
 
@@ -61,12 +72,15 @@ def cpu_name():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", required=True)
-    parser.add_argument("--llama-bench", required=True)
+    parser.add_argument("--llama-cpp", required=True, type=pathlib.Path, help="folder of llama-bench and llama-batched-bench")
     parser.add_argument("--model", required=True)
     parser.add_argument("--model-q4-0", required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefill", type=int, default=512, metavar="TOKENS")
     parser.add_argument("--decode", type=int, default=64, metavar="TOKENS")
+    parser.add_argument("--context", type=int, default=2048, metavar="TOKENS", help="0 = leave it out")
+    parser.add_argument("--sequences", type=int, nargs="*", default=[8, 32])
+    parser.add_argument("--cpu-precision", default="default")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=pathlib.Path, help="default: bench/results/side_by_side-DATE.jsonl")
     args = parser.parse_args()
@@ -74,7 +88,8 @@ def main():
     output = args.output or pathlib.Path(__file__).parent / "results" / f"side_by_side-{stamp:%Y%m%d-%H%M}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
 
-    machine = {"date": f"{stamp:%Y-%m-%d}", "cpu": cpu_name(), "threads": args.threads, "prefill_tokens": args.prefill, "decode_tokens": args.decode}
+    machine = {"date": f"{stamp:%Y-%m-%d}", "cpu": cpu_name(), "threads": args.threads, "prefill_tokens": args.prefill, "decode_tokens": args.decode,
+               "context_tokens": args.context, "cpu_precision": args.cpu_precision}
     contenders = {
         "mlx-lm.cpp Q4_1": lambda: measure_ours(args),
         "llama.cpp Q4_1": lambda: measure_llama(args, args.model),
@@ -89,16 +104,18 @@ def main():
                     rounds[name].append(rates)
                     file.write(json.dumps({"round": number, "contender": name, **rates, **machine}) + "\n")
             print(f"round {number} of {args.rounds}" if number else "warm-up", file=sys.stderr)
-        medians = {name: {kind: statistics.median(r[kind] for r in rates) for kind in ("prefill", "decode")} for name, rates in rounds.items()}
+        kinds = list(next(iter(rounds.values()))[0])
+        medians = {name: {kind: statistics.median(r[kind] for r in rates) for kind in kinds} for name, rates in rounds.items()}
         file.write(json.dumps({"medians": medians, **machine}) + "\n")
 
     print(f"{machine['cpu']}, {args.threads} threads; SmolLM2-135M, 4 bit; medians of {args.rounds} alternated rounds, tokens/s")
-    print(f"\n| | prefill, {args.prefill} tokens | decode, {args.decode} tokens |\n|---|---|---|")
+    titles = {"prefill": f"prefill, {args.prefill} tokens", "decode": f"decode, {args.decode} tokens", "decode in context": f"decode after {args.context} tokens"}
+    print("\n| | " + " | ".join(titles.get(kind, kind) for kind in kinds) + " |\n|---" + "|---" * len(kinds) + "|")
     for name, rates in medians.items():
-        print(f"| {name} | {rates['prefill']:.0f} | {rates['decode']:.0f} |")
+        print(f"| {name} | " + " | ".join(f"{rates[kind]:.0f}" for kind in kinds) + " |")
     us = medians["mlx-lm.cpp Q4_1"]
     for name, rates in list(medians.items())[1:]:
-        print(f"| ratio to {name} | {us['prefill'] / rates['prefill']:.2f} | {us['decode'] / rates['decode']:.2f} |")
+        print(f"| ratio to {name} | " + " | ".join(f"{us[kind] / rates[kind]:.2f}" for kind in kinds) + " |")
     print(f"\nAll rounds: {output}")
 
 

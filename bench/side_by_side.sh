@@ -11,7 +11,7 @@ peer=${LLAMA_CPP_DIR:-$build/llama.cpp}
 model=models/SmolLM2-135M-Instruct.gguf
 model_q4_0=models/SmolLM2-135M-Instruct.Q4_0.gguf
 
-if [ ! -x "$peer/build/bin/llama-bench" ]; then
+if [ ! -x "$peer/build/bin/llama-batched-bench" ]; then
   say "Building llama.cpp in $peer (some minutes, once)"
   mkdir -p "$peer"
   quiet "$build/llama.cpp.log" bench/build_llama_cpp.sh "$peer"
@@ -23,5 +23,5 @@ if [ ! -f "$model_q4_0" ]; then
   "$build/venv-bench/bin/python" bench/q4_1_to_q4_0.py "$model" "$model_q4_0.partial"
   mv "$model_q4_0.partial" "$model_q4_0"
 fi
-exec python3 bench/side_by_side.py --program "$build/mlx-lm" --llama-bench "$peer/build/bin/llama-bench" --model "$model" \
+exec python3 bench/side_by_side.py --program "$build/mlx-lm" --llama-cpp "$peer/build/bin" --model "$model" \
   --model-q4-0 "$model_q4_0" "$@"
