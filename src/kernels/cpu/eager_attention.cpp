@@ -25,8 +25,7 @@ struct RowState {
     peaks = out + int64_t(rows) * dims;
     totals = peaks + rows;
     std::fill(peaks, peaks + rows, -INFINITY);
-    std::fill(totals, totals + rows, 0.f);
-    std::fill(out, peaks, 0.f);
+    std::fill(totals, totals + rows, 0.f);  // `out` is written by the first block that a row sees
   }
 };
 
