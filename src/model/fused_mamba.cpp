@@ -1,0 +1,6 @@
+// Mamba-2.
+#include "model/fused_program.h"
+namespace mlxlm::model::fused {
+void Program::mamba(const FusedMamba&, const FusedStep&, const std::vector<Sequence>&, const Chunk&, float*) {}
+void Program::latent_attention(const FusedLatent&, const FusedStep&, const std::vector<Sequence>&, const Chunk&, float*) {}
+}
