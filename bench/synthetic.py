@@ -214,6 +214,7 @@ def gguf_keys(c, writer):
     writer.add_embedding_length(c["hidden_size"])
     writer.add_block_count(c["num_hidden_layers"])
     writer.add_layer_norm_rms_eps(c.get("layer_norm_epsilon", c["rms_norm_eps"]))
+    writer.add_layer_norm_eps(1e-5)
     writer.add_rope_freq_base(c["rope_theta"])
     writer.add_tokenizer_model("no_vocab")
     family, d = c["model_type"], c.get("head_dim")
@@ -263,8 +264,6 @@ def write_gguf(c, path, random):
     gguf_keys(c, writer)
     for name, to, kind, shape in matrices(c):
         to += "" if to.endswith(".bias") or to.endswith(("ssm_a", "ssm_d")) else ".weight"
-        if to.endswith(("attn_k_b.weight",)):
-            shape = (shape[0], shape[2], shape[1])  # transposed there
         if kind != "matrix":
             values = vector(name, shape, random) if kind == "vector" else random.normal(0, 1 / math.sqrt(shape[1]), shape)
             if to.endswith("ssm_a"):

@@ -86,8 +86,29 @@ class Fuser {
       else if (const auto* g = std::get_if<arch::Glu>(&op)) made.ops.push_back(glu(*g, at));
       else if (const auto* m = std::get_if<arch::Mlp>(&op)) made.ops.push_back(mlp(*m, at));
       else if (const auto* e = std::get_if<arch::Moe>(&op)) made.ops.push_back(experts(*e, at));
+      else if (const auto* s = std::get_if<arch::Mamba2>(&op)) made.ops.push_back(mamba(*s, at, layer));
       else supported_ = false;
     }
+    return made;
+  }
+
+  FusedMamba mamba(const arch::Mamba2& op, const std::string& layer_at, int layer) {
+    const std::string at = layer_at + op.at + ".";
+    FusedMamba made{.layer = layer, .spec = op};
+    made.in = map(at + "in_proj");
+    made.out = map(at + "out_proj");
+    const auto conv = vector(at + "conv1d.weight");  // [channels][taps]
+    made.conv.resize(conv.size());
+    const int channels = made.channels();
+    for (int c = 0; c < channels; ++c) {
+      for (int t = 0; t < op.conv; ++t) made.conv[int64_t(t) * channels + c] = conv[int64_t(c) * op.conv + t];
+    }
+    if (op.conv_bias) made.conv_bias = vector(at + "conv1d.bias");
+    made.dt_bias = vector(at + "dt_bias");
+    made.decay = vector(at + "A_log");
+    for (auto& a : made.decay) a = -std::exp(a);
+    made.skip = vector(at + "D");
+    made.norm = vector(at + "norm.weight");
     return made;
   }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string_view>
 
 #include <mlx/allocator.h>
 #include <mlx/ops.h>
@@ -130,6 +131,8 @@ class FusedModel final : public CausalModel {
     for (const auto& step : program_->steps) {
       for (const auto& op : step.ops) {
         if (const auto* a = std::get_if<FusedAttention>(&op)) attentions_.push_back(a);
+        if (const auto* l = std::get_if<FusedLatent>(&op)) attentions_.push_back(&l->memory);
+        if (const auto* m = std::get_if<FusedMamba>(&op)) mambas_.push_back(m);
       }
     }
   }
@@ -138,13 +141,16 @@ class FusedModel final : public CausalModel {
     check_segments(tokens, segments, description());
     if (!served(segments)) return graph_->run(tokens, segments);
     std::vector<Sequence> sequences;
-    int rows = 0;
+    Outputs outputs{{mx::contiguous(mx::astype(tokens, mx::int32))}, {{0, program_->vocab}}, {program_->dtype}};
     for (const auto& segment : segments) {
       sequences.push_back(plan(segment));
-      rows += segment.wanted_rows;
+      plan_states(segment, sequences.back(), outputs);
+      outputs.shapes[0][0] += segment.wanted_rows;
     }
-    auto logits = cpu::make_kernel("Step", {rows, program_->vocab}, program_->dtype, {mx::contiguous(mx::astype(tokens, mx::int32))},
-                                   [program = program_, sequences = std::move(sequences)](const auto& in, auto& out) { program->run(in, sequences, out); });
+    const auto made = cpu::make_kernels("Step", outputs.shapes, outputs.dtypes, outputs.inputs,
+                                        [program = program_, sequences](const auto& in, auto& out) { program->run(in, sequences, out); });
+    const auto& logits = made[0];
+    for (std::size_t i = 0; i < segments.size(); ++i) set_states(segments[i], sequences[i], made);
     for (const auto& segment : segments) {
       if (segment.caches == nullptr || segment.caches->empty()) continue;
       for (const auto* a : attentions_) static_cast<cache::AttentionCache&>(*(*segment.caches)[a->layer]).set_written(logits);
@@ -157,6 +163,55 @@ class FusedModel final : public CausalModel {
   int64_t weight_bytes() const override { return graph_->weight_bytes(); }
 
  private:
+  /** What a step reads and makes beside what lies in attention's caches. */
+  struct Outputs {
+    std::vector<mx::array> inputs;
+    std::vector<mx::Shape> shapes;
+    std::vector<mx::Dtype> dtypes;
+  };
+
+  static cache::RecurrentCache* recurrent_cache(const Segment& segment, int layer) {
+    if (segment.caches == nullptr || segment.caches->empty()) return nullptr;
+    auto* held = dynamic_cast<cache::RecurrentCache*>((*segment.caches)[layer].get());
+    if (held == nullptr || held->slots() != 2) throw Error(Code::internal, "mamba", "got the cache of another kind of layer");
+    return held;
+  }
+
+  /** As the kernels read it: what a step made is that already, and must not wait for its evaluation. */
+  static mx::array state_rows(const mx::array& a) {
+    const bool own = a.dtype() == mx::float32 && (a.is_available() ? a.flags().row_contiguous : a.has_primitive() && std::string_view(a.primitive().name()) == "Step");
+    return own ? a : mx::contiguous(mx::astype(a, mx::float32));
+  }
+
+  void plan_states(const Segment& segment, Sequence& s, Outputs& outputs) const {
+    if (mambas_.empty()) return;
+    s.recurrent.resize(description().layers.size());
+    for (const auto* m : mambas_) {
+      const auto* held = recurrent_cache(segment, m->layer);
+      auto& place = s.recurrent[m->layer];
+      place.out = static_cast<int>(outputs.shapes.size());
+      const mx::Shape shapes[] = {{1, m->spec.conv - 1, m->channels()}, {1, m->spec.heads, m->spec.head_dim, m->spec.state}};
+      if (held != nullptr && held->slot(0) && held->slot(1)) place.in = static_cast<int>(outputs.inputs.size());
+      for (int i = 0; i < 2; ++i) {
+        if (place.in >= 0) {
+          if (held->slot(i)->shape() != shapes[i]) throw Error(Code::internal, "mamba", "got a state of another shape");
+          outputs.inputs.push_back(state_rows(*held->slot(i)));
+        }
+        outputs.shapes.push_back(shapes[i]);
+        outputs.dtypes.push_back(mx::float32);
+      }
+    }
+  }
+
+  void set_states(const Segment& segment, const Sequence& s, const std::vector<mx::array>& made) const {
+    for (const auto* m : mambas_) {
+      auto* held = recurrent_cache(segment, m->layer);
+      if (held == nullptr) continue;
+      for (int i = 0; i < 2; ++i) held->set_slot(i, made[s.recurrent[m->layer].out + i]);
+      held->advance(segment.tokens);
+    }
+  }
+
   bool served(const std::vector<Segment>& segments) const {
     for (const auto& segment : segments) {
       if (segment.caches == nullptr || segment.caches->empty()) continue;
@@ -190,6 +245,7 @@ class FusedModel final : public CausalModel {
   std::unique_ptr<CausalModel> graph_;
   std::shared_ptr<Program> program_;
   std::vector<const FusedAttention*> attentions_;
+  std::vector<const FusedMamba*> mambas_;
 };
 
 }  // namespace

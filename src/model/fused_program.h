@@ -131,6 +131,8 @@ class Program {
   void latent_attention(const FusedLatent& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
   void experts(const FusedExperts& op, const FusedStep& step, int rows, float* y);
   void mamba(const FusedMamba& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
+  void convolve(const FusedMamba& op, const float* tail, const float* projected, int64_t stride, int count, float* out, float* new_tail) const;
+  static void scan_in_blocks(cpu::ScanHead s);
   void run_op(const FusedOp& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
   void feed_forward(const FusedFeedForward& op, const FusedStep& step, int rows, float* y);
   void write_logits(const std::vector<Sequence>& sequences, const Chunk& chunk, mx::array& logits, int& next_row);
