@@ -129,6 +129,8 @@ class Program {
   void attention(const FusedAttention& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
   void finish_qkv(const FusedAttention& op, const Sequence& s, const Piece& piece, int l, int row, float* qkv);
   void latent_attention(const FusedLatent& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
+  void finish_latent(const FusedLatent& op, const Sequence& s, int position, int row, float* q, float* kv);
+  void attend_in_latent(const FusedLatent& op, const std::vector<Sequence>& sequences, const Chunk& chunk, const float* q);
   void experts(const FusedExperts& op, const FusedStep& step, int rows, float* y);
   void mamba(const FusedMamba& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
   void convolve(const FusedMamba& op, const float* tail, const float* projected, int64_t stride, int count, float* out, float* new_tail) const;
