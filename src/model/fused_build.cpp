@@ -99,6 +99,7 @@ class Fuser {
     FusedLatent made{.heads = op.heads, .latent = op.kv_lora, .nope = op.nope_dim, .rope = op.rope_dim, .value = op.v_dim, .scale = op.scale};
     made.memory.layer = layer;
     made.memory.kv_heads = 1;
+    made.memory.latent = true;
     made.memory.head_dim = op.kv_lora;
     made.memory.value_dim = op.rope_dim;
     made.memory.rotation = rotation(op.rope);
