@@ -185,7 +185,7 @@ class FusedModel final : public CausalModel {
 
   mx::array run(const mx::array& tokens, const std::vector<Segment>& segments) override {
     check_segments(tokens, segments, description());
-    if (!served(segments)) return graph_->run(tokens, segments);
+    if (!served(segments)) return apart(tokens, segments);
     std::vector<Sequence> sequences;
     Outputs outputs{{mx::contiguous(mx::astype(tokens, mx::int32))}, {{0, program_->vocab}}, {program_->dtype}};
     for (const auto& segment : segments) {
@@ -256,6 +256,24 @@ class FusedModel final : public CausalModel {
       for (int i = 0; i < 2; ++i) held->set_slot(i, made[s.recurrent[m->layer].out + i]);
       held->advance(segment.tokens);
     }
+  }
+
+  /** The sequences that the kernels cannot serve on the graph, the others without them: nobody's tokens depend on what runs beside. */
+  mx::array apart(const mx::array& tokens, const std::vector<Segment>& segments) {
+    std::vector<mx::array> parts;
+    int at = 0;
+    for (std::size_t i = 0; i < segments.size();) {
+      const bool fused = served({segments[i]});
+      std::vector<Segment> together;
+      const int first = at;
+      for (; i < segments.size() && served({segments[i]}) == fused; ++i) {
+        together.push_back(segments[i]);
+        at += segments[i].tokens;
+      }
+      const auto mine = mx::slice(tokens, {first}, {at});
+      parts.push_back(fused ? run(mine, together) : graph_->run(mine, together));
+    }
+    return parts.size() == 1 ? parts[0] : mx::concatenate(parts, 0);
   }
 
   bool served(const std::vector<Segment>& segments) const {
