@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/text_util.h"
+#include "base/thread_pool.h"
 #include "weights/gguf_reader.h"
 #include "weights/mapped_array.h"
 #include "weights/names.h"
@@ -122,17 +123,20 @@ void add_quantized(const GgufTensor& t, const std::string& path, int64_t heads, 
   auto biases = filled_array({r, g}, as_float ? mx::float32 : mx::float16, [](void*) {});
   auto* c = codes.data<uint8_t>();
   auto *s = scales.data<uint8_t>(), *b = biases.data<uint8_t>();
-  for (int64_t row = 0; row < rows; ++row) {
-    const uint8_t* in = t.data + source_row(row, rows, heads) * groups * block_bytes;
-    for (int64_t i = 0; i < groups; ++i, in += block_bytes) {
-      uint16_t halves[2];
-      std::memcpy(halves, in, 4);
-      const float scale = half_to_float(halves[0]);
-      convert_codes(type, in, c + row * code_bytes + i * 4 * bits);
-      put(s, row * groups + i, scale, as_float);
-      put(b, row * groups + i, type == GgufType::q4_1 ? half_to_float(halves[1]) : scale * (bits == 8 ? -128.f : -8.f), as_float);
+  constexpr int64_t rows_a_chunk = 64;
+  compute_pool().parallel_for(static_cast<int>((rows + rows_a_chunk - 1) / rows_a_chunk), [&](int chunk, int) {
+    for (int64_t row = chunk * rows_a_chunk; row < std::min(rows, (chunk + 1) * rows_a_chunk); ++row) {
+      const uint8_t* in = t.data + source_row(row, rows, heads) * groups * block_bytes;
+      for (int64_t i = 0; i < groups; ++i, in += block_bytes) {
+        uint16_t halves[2];
+        std::memcpy(halves, in, 4);
+        const float scale = half_to_float(halves[0]);
+        convert_codes(type, in, c + row * code_bytes + i * 4 * bits);
+        put(s, row * groups + i, scale, as_float);
+        put(b, row * groups + i, type == GgufType::q4_1 ? half_to_float(halves[1]) : scale * (bits == 8 ? -128.f : -8.f), as_float);
+      }
     }
-  }
+  });
   out.insert_or_assign(path + ".weight", codes);
   out.insert_or_assign(path + ".scales", scales);
   out.insert_or_assign(path + ".biases", biases);
@@ -246,7 +250,7 @@ void add_tensor(const GgufTensor& t, const GgufFile& file, const std::string& na
 
 }  // namespace
 
-Gguf load_gguf(const std::filesystem::path& path, bool with_tensors) {
+Gguf load_gguf(const std::filesystem::path& path, bool with_tensors, const std::function<void(const Gguf&)>& described) {
   GgufFile file = read_gguf(path);
   const std::string where = path.string();
   const auto it = file.metadata.find("general.architecture");
@@ -255,10 +259,11 @@ Gguf load_gguf(const std::filesystem::path& path, bool with_tensors) {
   if (family == families.end()) {
     throw Error(Code::unsupported, where, "general.architecture: got '" + shown_name(architecture) + "', wanted llama, qwen2, qwen3 or gemma3");
   }
-  Gguf model{read_config(file, architecture, where), json::object(), {}};
+  Gguf model{read_config(file, architecture, where), nullptr, {}};
   model.checkpoint.file_bytes = static_cast<int64_t>(file.mapped->bytes().size());
   const bool any_quantized = std::ranges::any_of(file.tensors, [](const GgufTensor& t) { return is_quantized(t.type); });
   json quantization = {{"group_size", 32}, {"bits", 4}};
+  std::vector<int64_t> heads;
   for (const auto& t : file.tensors) {
     const std::string name = mlx_name(t.name, architecture), at = where + ": " + shown_name(t.name);
     if (name.empty()) throw Error(Code::unsupported, at, "a tensor that " + architecture + " does not have here");
@@ -268,11 +273,15 @@ Gguf load_gguf(const std::filesystem::path& path, bool with_tensors) {
       // Names are unique, and json's own insertion compares with every key before it.
       quantization.get_ref<json::object_t&>().Container::emplace_back(name.substr(0, name.rfind('.')), json({{"group_size", 32}, {"bits", 8}}));
     }
-    const int64_t heads = family->second.permuted_qk ? permuted_heads(t, model.config, where) : 0;
-    if (with_tensors) add_tensor(t, file, name, family->second, heads, any_quantized, model.checkpoint.tensors);
+    heads.push_back(family->second.permuted_qk ? permuted_heads(t, model.config, where) : 0);
   }
   if (any_quantized) model.config["quantization"] = std::move(quantization);
-  model.metadata = std::move(file.metadata);  // a vocabulary: not twice
+  model.metadata = std::make_shared<const json>(std::move(file.metadata));
+  if (described) described(model);
+  for (std::size_t i = 0; with_tensors && i < file.tensors.size(); ++i) {
+    const auto& t = file.tensors[i];
+    add_tensor(t, file, mlx_name(t.name, architecture), family->second, heads[i], any_quantized, model.checkpoint.tensors);
+  }
   return model;
 }
 
