@@ -89,7 +89,7 @@ Trial batched(const Arguments& a, Session& session, const std::vector<std::vecto
       const bool last = at + count == a.prompt_tokens;
       const auto logits = model.run(mx::array(prompts[i].data() + at, {count}, mx::int32), {{count, last ? 1 : 0, &caches[i]}});
       mx::eval(logits);
-      if (last) first.push_back(mx::argmax(logits, -1));
+      if (last) first.push_back(sample::likeliest(logits));
     }
   }
   auto tokens = mx::astype(mx::concatenate(first), mx::int32);
@@ -100,7 +100,7 @@ Trial batched(const Arguments& a, Session& session, const std::vector<std::vecto
   const auto decode = Clock::now();
   for (int i = 1; i < a.generation_tokens; ++i) {
     stop_if_asked();
-    auto next = mx::astype(mx::argmax(model.run(tokens, segments), -1), mx::int32);
+    auto next = sample::likeliest(model.run(tokens, segments));
     mx::async_eval(next);
     mx::eval(tokens);
     tokens = next;

@@ -210,7 +210,7 @@ void Generation::validate_drafts() const {
 /** Log-probabilities, unless only the maximum matters: normalizing does not move it. */
 mx::array Generation::normalized(const mx::array& logits) const {
   if (sampler_.greedy() && !options_.want_logprob && !options_.want_logprobs) return logits;
-  return logits - mx::logsumexp(logits, -1, true);
+  return sample::log_probabilities(logits);
 }
 
 /** logprobs [1, V], token [1]. */

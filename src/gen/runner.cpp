@@ -253,7 +253,7 @@ ModelRunner::Choice ModelRunner::choose_one(const engine::PlannedRow& row, Choos
   if (chooser.processors.any()) logits = sample::process(logits, row.history, chooser.processors);
   if (chooser.mask) logits = masked(logits, *chooser.mask);
   if (chooser.sampling.temperature == 0.f && !chooser.wants_logprobs()) return {chooser.sampler(logits)};
-  const auto logprobs = logits - mx::logsumexp(logits, -1, true);
+  const auto logprobs = sample::log_probabilities(logits);
   Choice choice{chooser.sampler(logprobs)};
   if (chooser.wants_logprobs()) {
     const auto chosen = mx::take_along_axis(logprobs, mx::expand_dims(choice.token, 1), -1);
@@ -281,7 +281,7 @@ std::map<std::size_t, ModelRunner::Choice> ModelRunner::choose(const engine::Ste
     const auto own = [&](const mx::array& a) { return mx::slice(a, {at, 0}, {at + 1, a.shape(1)}); };
     try {
       if (chooser.plain()) {
-        if (!likeliest) likeliest = mx::reshape(mx::astype(mx::argmax(logits, -1), mx::int32), {-1, 1});
+        if (!likeliest) likeliest = mx::reshape(sample::likeliest(logits), {-1, 1});
         choices.emplace(i, Choice{own(*likeliest)});
       } else {
         choices.emplace(i, choose_one(row, chooser, own(logits)));

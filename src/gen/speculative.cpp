@@ -258,7 +258,7 @@ mx::array ModelDrafter::scores(mx::array logits, const std::vector<int>& history
     logits = mx::concatenate({logits, mx::full({1, vocab_ - own}, mx::array(-std::numeric_limits<float>::infinity(), logits.dtype()))}, 1);
   }
   if (processors_.any()) logits = sample::process(logits, history, processors_);
-  return sampler_.greedy() ? logits : logits - mx::logsumexp(logits, -1, true);
+  return sampler_.greedy() ? logits : sample::log_probabilities(logits);
 }
 
 Draft ModelDrafter::propose(const std::vector<int>& history, int most) {

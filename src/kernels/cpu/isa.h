@@ -92,6 +92,9 @@ struct Isa {
   void (*rms_norm)(const float* x, const float* weight, float eps, int dims, float* out);  // weight may be null
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);         // up may be null
   void (*gelu_tanh_mul)(const float* gate, const float* up, float* out, int64_t count);
+  float (*row_max)(const float* x, int64_t count);
+  /** out = exp(x - shift), 0 where that is below the normal numbers; returns their sum. */
+  float (*exps)(const float* x, float shift, int64_t count, float* out);
 };
 
 const Isa& isa_generic();

@@ -600,6 +600,8 @@ void gelu_tanh_mul_kernel(const float* gate, const float* up, float* out, int64_
   });
 }
 
+#include "kernels/cpu/isa_sampling.inl"
+
 }  // namespace
 
 const Isa& MLXLM_ISA_FUNCTION() {
@@ -610,7 +612,8 @@ const Isa& MLXLM_ISA_FUNCTION() {
 #endif
   static constexpr Isa table = {MLXLM_ISA_NAME,   digits,           panel_kernel,    make_digits_kernel, group_sums_kernel, dense_kernel,
                                 attention_kernel, attention_block_kernel, merge_rows_kernel, rope_kernel, add_scaled_kernel, dequantize_kernel, load_kernel,
-                                store_kernel,     rms_norm_kernel,  silu_mul_kernel, gelu_tanh_mul_kernel};
+                                store_kernel,     rms_norm_kernel,  silu_mul_kernel, gelu_tanh_mul_kernel,
+                                row_max_kernel,   exps_kernel};
   return table;
 }
 
