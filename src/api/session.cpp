@@ -20,7 +20,9 @@ Session open_session(const std::filesystem::path& path, const model::LoadOptions
     });
   };
   auto loaded = model::load(path, with_tokenizer);
-  return {std::move(loaded), tokenizer.get()};
+  auto ready = tokenizer.get();
+  loaded.gguf_metadata.reset();  // a vocabulary as JSON is large, and all of it is in the tokenizer now
+  return {std::move(loaded), std::move(ready)};
 }
 
 std::vector<int> encode_prompt(const text::Tokenizer& tokenizer, const std::string& prompt) {
