@@ -39,7 +39,10 @@ pub unsafe extern "C" fn mlxlm_tokenizer_new(
     error: *mut MlxlmString,
 ) -> c_int {
     guard(error, || {
-        let mut tokenizer = Tokenizer::from_bytes(bytes(json, json_size)).map_err(invalid)?;
+        let mut tokenizer = match quick_byte_pairs(bytes(json, json_size)) {
+            Some(tokenizer) => tokenizer,
+            None => Tokenizer::from_bytes(bytes(json, json_size)).map_err(invalid)?,
+        };
         tokenizer.with_truncation(None).map_err(invalid)?;
         tokenizer.with_padding(None);
         out.write(Box::into_raw(Box::new(MlxlmTokenizer(tokenizer))));
@@ -47,15 +50,50 @@ pub unsafe extern "C" fn mlxlm_tokenizer_new(
     })
 }
 
+/// A tokenizer.json whose model is of byte pairs, without the crate's way of trying each kind of model on a copy of the vocabulary (twice as
+/// fast). None for all that is unusual or wrong: the crate reads it then, or says what is wrong.
+fn quick_byte_pairs(json: &[u8]) -> Option<Tokenizer> {
+    let mut document: serde_json::Value = serde_json::from_slice(json).ok()?;
+    let options = document.get_mut("model")?.as_object_mut()?;
+    if options.get("type")?.as_str()? != "BPE" || !options.get("dropout").map_or(true, |d| d.is_null()) {
+        return None;
+    }
+    let serde_json::Value::Object(vocabulary) = options.insert("vocab".into(), serde_json::json!({}))? else { return None };
+    let serde_json::Value::Array(merges) = options.insert("merges".into(), serde_json::json!([]))? else { return None };
+    let ids = vocabulary.into_iter().map(|(token, id)| Some((token, u32::try_from(id.as_u64()?).ok()?)));
+    let ids = ids.collect::<Option<ahash::AHashMap<String, u32>>>()?;
+    let merges = merges.into_iter().map(merge).collect::<Option<Vec<_>>>()?;
+    let model = byte_pair_model(&serde_json::Value::Object(options.clone()), ids, merges).ok()?;
+    with_model(document, model).ok()
+}
+
+fn merge(value: serde_json::Value) -> Option<(String, String)> {
+    match value {
+        serde_json::Value::String(text) => {
+            let (left, right) = text.split_once(' ')?;
+            (!right.contains(' ')).then(|| (left.to_string(), right.to_string()))
+        }
+        serde_json::Value::Array(pair) => match <[serde_json::Value; 2]>::try_from(pair).ok()? {
+            [serde_json::Value::String(left), serde_json::Value::String(right)] => Some((left, right)),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
 /// Byte-pair encoding over `tokens` (first one wins among equals); merges are pairs of their ids, best first.
 fn byte_pairs(options: &serde_json::Value, tokens: &[&str], merges: &[[u32; 2]]) -> Outcome<BPE> {
-    let flag = |name: &str| options[name].as_bool().unwrap_or(false);
     let mut vocabulary = ahash::AHashMap::with_capacity(tokens.len());
     for (id, token) in tokens.iter().enumerate() {
         vocabulary.entry(token.to_string()).or_insert(id as u32);
     }
     let token = |id: u32| tokens.get(id as usize).map(|t| t.to_string()).ok_or_else(|| invalid("a merge of no token"));
     let merges = merges.iter().map(|pair| Ok((token(pair[0])?, token(pair[1])?))).collect::<Outcome<Vec<_>>>()?;
+    byte_pair_model(options, vocabulary, merges)
+}
+
+fn byte_pair_model(options: &serde_json::Value, vocabulary: ahash::AHashMap<String, u32>, merges: Vec<(String, String)>) -> Outcome<BPE> {
+    let flag = |name: &str| options[name].as_bool().unwrap_or(false);
     let mut builder = BPE::builder()
         .vocab_and_merges(vocabulary, merges)
         .fuse_unk(flag("fuse_unk"))
@@ -64,7 +102,26 @@ fn byte_pairs(options: &serde_json::Value, tokens: &[&str], merges: &[[u32; 2]])
     if let Some(unknown) = options["unk_token"].as_str() {
         builder = builder.unk_token(unknown.to_string());
     }
+    if let Some(prefix) = options["continuing_subword_prefix"].as_str() {
+        builder = builder.continuing_subword_prefix(prefix.to_string());
+    }
+    if let Some(suffix) = options["end_of_word_suffix"].as_str() {
+        builder = builder.end_of_word_suffix(suffix.to_string());
+    }
     builder.build().map_err(invalid)
+}
+
+/// The tokenizer of a tokenizer.json whose model is given instead. Added tokens take the ids of the vocabulary, so that must be there before them.
+fn with_model(mut document: serde_json::Value, model: BPE) -> Outcome<Tokenizer> {
+    let added = match document.get_mut("added_tokens") {
+        Some(tokens) => std::mem::replace(tokens, serde_json::json!([])),
+        None => serde_json::json!([]),
+    };
+    let added: Vec<AddedToken> = serde_json::from_value(added).map_err(invalid)?;
+    let mut tokenizer: Tokenizer = serde_json::from_value(document).map_err(invalid)?;
+    tokenizer.with_model(model);
+    tokenizer.add_tokens(added).map_err(invalid)?;
+    Ok(tokenizer)
 }
 
 unsafe fn slice<'a, T>(data: *const T, count: usize) -> &'a [T] {
@@ -96,15 +153,9 @@ pub unsafe extern "C" fn mlxlm_tokenizer_new_bpe(
             tokens.push(all.get(start..end as usize).ok_or_else(|| invalid("token ends out of order"))?);
             start = end as usize;
         }
-        let mut document: serde_json::Value = serde_json::from_slice(bytes(json, json_size)).map_err(invalid)?;
+        let document: serde_json::Value = serde_json::from_slice(bytes(json, json_size)).map_err(invalid)?;
         let model = byte_pairs(&document["model"], &tokens, slice(merges as *const [u32; 2], merge_count))?;
-        // Added tokens take the ids of the vocabulary, so that must be there before them.
-        let added: Vec<AddedToken> = serde_json::from_value(document["added_tokens"].take()).map_err(invalid)?;
-        document["added_tokens"] = serde_json::json!([]);
-        let mut tokenizer: Tokenizer = serde_json::from_value(document).map_err(invalid)?;
-        tokenizer.with_model(model);
-        tokenizer.add_tokens(added).map_err(invalid)?;
-        out.write(Box::into_raw(Box::new(MlxlmTokenizer(tokenizer))));
+        out.write(Box::into_raw(Box::new(MlxlmTokenizer(with_model(document, model)?))));
         Ok(())
     })
 }
