@@ -103,17 +103,22 @@ inline F lane_numbers(int from) {
   return F{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + float(from);
 }
 
-inline float max_lane(F v) {
-  float t[16];
-  memcpy(t, &v, sizeof v);
-  float best = t[0];
-  for (int l = 1; l < 16; ++l) best = t[l] > best ? t[l] : best;
-  return best;
-}
-
 /** Scores of a row to exp(score - peak) over keys [first, last) of the block, 0 elsewhere. */
 void block_softmax(float* s, int keys, int first, int last, float softcap, float* peak, float* total) {
   const F none = set(-INFINITY);
+  if (first <= 0 && last >= keys && softcap <= 0.f) {  // no key is masked: the same without the masks
+    F best = none;
+    for (int j = 0; j < keys; j += 16) best = vmax(load(s + j), best);
+    *peak = max_lane(best);
+    F t = F{};
+    for (int j = 0; j < keys; j += 16) {
+      const F e = vexp(load(s + j) - *peak);
+      store(s + j, e);
+      t += e;
+    }
+    *total = sum(t);
+    return;
+  }
   F best = none;
   for (int j = 0; j < keys; j += 16) {
     F x = load(s + j);

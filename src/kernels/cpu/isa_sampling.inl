@@ -4,10 +4,7 @@ float row_max_kernel(const float* x, int64_t count) {
   F most = set(-INFINITY);
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) most = vmax(load(x + i), most);
-  float t[16];
-  store(t, most);
-  float result = -INFINITY;
-  for (int l = 0; l < 16; ++l) result = t[l] > result ? t[l] : result;
+  float result = max_lane(most);
   for (; i < count; ++i) result = x[i] > result ? x[i] : result;
   return result;
 }
