@@ -518,6 +518,7 @@ void attention_kernel(const AttentionTile& t) {
 }
 
 #include "kernels/cpu/isa_attention.inl"
+#include "kernels/cpu/isa_scan.inl"
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -624,7 +625,7 @@ const Isa& MLXLM_ISA_FUNCTION() {
   static constexpr Isa table = {MLXLM_ISA_NAME,   digits,           panel_kernel,    make_digits_kernel, group_sums_kernel, dense_kernel,
                                 attention_kernel, attention_block_kernel, merge_rows_kernel, rope_kernel, add_scaled_kernel, dequantize_kernel, load_kernel,
                                 store_kernel,     rms_norm_kernel,  silu_mul_kernel, gelu_tanh_mul_kernel,
-                                row_max_kernel,   exps_kernel};
+                                row_max_kernel,   exps_kernel,      scan_kernel,     convolve_kernel};
   return table;
 }
 
