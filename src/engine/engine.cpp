@@ -128,6 +128,7 @@ SequenceId Engine::submit(Request request) {
     q->cache = request.cache;
     std::ranges::sort(request.boundaries);
     q->cache_options = cache_options(request);
+    q->fixed_chunks = q->cache_options.kv_bits > 0 && runner_.chunks_show(q->cache_options);
     q->request = std::move(request);
     runner_.begin(q->id, q->request.sampling, q->request.mask, q->request.drafts);
   } catch (...) {
@@ -273,7 +274,7 @@ Finish Engine::finish_of(const Sequence& q) const {
 
 /** The draft as far as it was right, and one token more; what comes after an end counts for nothing. */
 void Engine::commit_tokens(Sequence& q, const PlannedRow& row, const RowResult& result) {
-  store_at_boundary(q);
+  if (row.draft.empty()) store_at_boundary(q);
   std::vector<Event> told;
   for (std::size_t i = 0; i < result.chosen.size(); ++i) {
     const bool from_draft = i + 1 < result.chosen.size();

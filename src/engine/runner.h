@@ -132,6 +132,10 @@ class Runner {
   /** The most bytes that a cache of so many tokens takes; it must not shrink as tokens grow. */
   virtual int64_t cost_bytes(int64_t tokens, const CacheOptions& options) const = 0;
 
+  /** Whether what is computed into caches with these options depends, if only by rounding, on the chunks that a prompt comes in, even where nothing
+   *  is forgotten. */
+  virtual bool chunks_show(const CacheOptions& /*options*/) const { return false; }
+
   /** An empty cache that will soon hold so many tokens, and perhaps more. */
   virtual CacheId reserve(int64_t tokens, const CacheOptions& options) = 0;
   /** A cache from elsewhere is to have these options. */

@@ -43,10 +43,10 @@ int Engine::prompt_budget(int decode_rows) const {
 int Engine::chunk_of(const Sequence& q, int budget) const {
   const auto& cache = q.cache_options;
   if (cache.kv_bits > 0 && q.computed_tokens < cache.quantized_from_tokens) budget = std::min(budget, cache.quantized_from_tokens - q.computed_tokens);
-  if (q.overflows(q.tokens.size())) {
+  if (q.fixed_chunks || q.overflows(q.tokens.size())) {
     // As it would be alone: a prompt in chunks of one size and its last token, what is replayed of the answer token by token.
     if (q.computed_tokens >= q.prompt_tokens) return 1;
-    if (!q.overflows(q.prompt_tokens)) return std::min(budget, q.prompt_tokens - q.computed_tokens);
+    if (!q.fixed_chunks && !q.overflows(q.prompt_tokens)) return std::min(budget, q.prompt_tokens - q.computed_tokens);
     const int start = static_cast<int>(q.request.cache_tokens.size()), chunk = limits_.limited_chunk_tokens;
     const int end = start + (std::max(0, q.computed_tokens - start) / chunk + 1) * chunk;
     return std::max(1, std::min(end, q.prompt_tokens - 1) - q.computed_tokens);
@@ -200,7 +200,7 @@ std::optional<PrefixCache::Hit> Engine::find_reusable(const Sequence& q) {
   const auto serves = [&](int held, int usable) {
     return options.kv_bits == 0 || held < options.quantized_from_tokens || usable >= options.quantized_from_tokens;
   };
-  if (q.cache != 0 || !q.request.use_prefix_cache || q.overflows(q.tokens.size())) return std::nullopt;
+  if (q.cache != 0 || !q.request.use_prefix_cache || q.fixed_chunks || q.overflows(q.tokens.size())) return std::nullopt;
   auto best = prefixes_.find(q.tokens, prefix_space(q));
   if (best && !serves(best->entry.tokens, best->usable_tokens)) best.reset();
   for (const auto id : running_) {

@@ -147,7 +147,7 @@ int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) c
     for (std::size_t i = 0; i < layout.size(); ++i) {
       int64_t limit = layout[i].kind == plan::CacheKind::rotating ? layout[i].window_tokens : 0;
       if (o.max_kv_size_tokens > 0) limit = limit > 0 ? std::min<int64_t>(limit, o.max_kv_size_tokens) : o.max_kv_size_tokens;
-      const auto step = std::max(o.max_kv_size_tokens > 0 ? limited_chunk_tokens_ : chunk_tokens_, o.with_drafts ? kBlockTokens : 0);
+      const auto step = std::max(o.max_kv_size_tokens > 0 || o.kv_bits > 0 ? limited_chunk_tokens_ : chunk_tokens_, o.with_drafts ? kBlockTokens : 0);
       const auto rows = limit > 0 ? std::min(held + kBlockTokens, limit + step) : grown;
       const auto values = rows * layout[i].values_per_token;
       // A group has its codes, a scale and a bias.
@@ -160,6 +160,14 @@ int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) c
   const bool converted = o.kv_bits > 0 && tokens >= o.quantized_from_tokens;
   if (!converted) return bytes_of(tokens, false);
   return std::max(bytes_of(tokens, true), bytes_of(o.quantized_from_tokens, true) + bytes_of(o.quantized_from_tokens, false));
+}
+
+/** Attention sums a quantized window from its oldest row on, which is another one after another chunk. */
+bool ModelRunner::chunks_show(const engine::CacheOptions& options) const {
+  if (options.kv_bits == 0) return false;
+  return options.max_kv_size_tokens > 0 || std::ranges::any_of(plan::cache_layout(model_.description()), [](const auto& layer) {
+           return layer.kind == plan::CacheKind::rotating;
+         });
 }
 
 ModelRunner::Held& ModelRunner::held(engine::CacheId cache) {

@@ -27,6 +27,7 @@ class ModelRunner final : public engine::Runner {
   void check(std::span<const int> tokens, const engine::Sampling& sampling, const engine::CacheOptions& cache,
              const engine::Drafts& drafts) const override;
   int64_t cost_bytes(int64_t tokens, const engine::CacheOptions& options) const override;
+  bool chunks_show(const engine::CacheOptions& options) const override;
   engine::CacheId reserve(int64_t tokens, const engine::CacheOptions& options) override;
   void adapt(engine::CacheId cache, const engine::CacheOptions& options) override { held(cache).options = options; }
   engine::CacheId copy(engine::CacheId cache, int tokens) override;

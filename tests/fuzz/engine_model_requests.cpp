@@ -153,7 +153,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
 
 TEST_P(ModelFuzz, EveryAnswerIsTheOneGivenAlone) {
   const auto start = std::chrono::steady_clock::now();
-  for (uint32_t seed = 1; seed <= 12 && std::chrono::steady_clock::now() - start < std::chrono::seconds(4); ++seed) {
+  for (uint32_t seed = 1; seed <= (std::getenv("FUZZ_LONG") ? 200u : 12u) && std::chrono::steady_clock::now() - start < std::chrono::seconds(std::getenv("FUZZ_LONG") ? 40 : 4); ++seed) {
     SCOPED_TRACE(seed);
     story(seed);
     if (HasFailure()) return;
