@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <string_view>
 
 #include <fmt/format.h>
 #include <mlx/memory.h>
@@ -330,20 +331,56 @@ void ModelRunner::keep(engine::CacheId cache, int tokens) {
   if (quantize(h)) evaluate_state(h.caches);
 }
 
-mx::array ModelRunner::logits_of(const engine::StepPlan& plan) {
+/** Whether a model of two executors would run these caches by the first. */
+bool ModelRunner::plans_writes(const cache::Caches& caches) {
+  return std::ranges::all_of(caches, [](const cache::CachePtr& c) {
+    const auto* attention = dynamic_cast<const cache::AttentionCache*>(c.get());
+    return attention == nullptr || attention->plans_writes();
+  });
+}
+
+/** The tokens of a row's call of the model, and its logits in the plan's order. */
+struct ModelRunner::Call {
   std::vector<int> tokens;
-  std::vector<model::Segment> segments;
+  model::Segment segment;
+  bool planned = false;  // plans_writes()
+};
+
+/** In the order of the plan. Rows that the model runs in another way than their neighbours get a call of their own, as they would alone: else
+ *  neighbours would show in the last bits. */
+mx::array ModelRunner::logits_of(const engine::StepPlan& plan) {
+  std::vector<Call> calls;
   for (const auto& row : plan.rows) {
     auto& h = held(row.cache);
-    auto call = row.tokens;
-    call.insert(call.end(), row.draft.begin(), row.draft.end());
+    auto tokens = row.tokens;
+    tokens.insert(tokens.end(), row.draft.begin(), row.draft.end());
     if (!row.draft.empty()) {
       h.marked = true;
-      trail(h).mark(static_cast<int>(call.size()), true);
+      trail(h).mark(static_cast<int>(tokens.size()), true);
     }
-    if (h.trail) call = h.trail->take_call(call);
-    tokens.insert(tokens.end(), call.begin(), call.end());
-    segments.push_back({static_cast<int>(call.size()), row.wanted_rows, &h.caches});
+    if (h.trail) tokens = h.trail->take_call(tokens);
+    const int count = static_cast<int>(tokens.size());
+    calls.push_back({std::move(tokens), {count, row.wanted_rows, &h.caches}, plans_writes(h.caches)});
+  }
+  const bool one = std::string_view(model_.executor()) != "fused" || std::ranges::all_of(calls, &Call::planned) || std::ranges::none_of(calls, &Call::planned);
+  if (one) return run_calls(calls, [](const Call&) { return true; });
+  const auto logits = mx::concatenate({run_calls(calls, [](const Call& c) { return c.planned; }), run_calls(calls, [](const Call& c) { return !c.planned; })}, 0);
+  int planned = 0, other = 0;
+  for (const auto& c : calls) other += c.planned ? c.segment.wanted_rows : 0;
+  std::vector<int> order;
+  for (const auto& c : calls) {
+    for (int i = 0; i < c.segment.wanted_rows; ++i) order.push_back(c.planned ? planned++ : other++);
+  }
+  return mx::take(logits, mx::array(order.data(), {static_cast<int>(order.size())}, mx::int32), 0);
+}
+
+mx::array ModelRunner::run_calls(const std::vector<Call>& calls, const std::function<bool(const Call&)>& which) {
+  std::vector<int> tokens;
+  std::vector<model::Segment> segments;
+  for (const auto& call : calls) {
+    if (!which(call)) continue;
+    tokens.insert(tokens.end(), call.tokens.begin(), call.tokens.end());
+    segments.push_back(call.segment);
   }
   return model_.run(mx::array(tokens.data(), {static_cast<int>(tokens.size())}, mx::int32), segments);
 }

@@ -134,10 +134,11 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
     for (const auto& [id, r] : requests) {
       // What a limited cache forgets depends on the chunks, alone as well.
       const bool limited = (r.max_kv_size_tokens > 0 && r.tokens.size() > static_cast<std::size_t>(r.max_kv_size_tokens)) || r.kv_bits > 0;
+      if (HasFailure()) std::exit(1);
       const auto wanted = run_alone(*model_, r, limited ? limits.limited_chunk_tokens : pick(1, 64));
       const auto& got = answers[id];
       if (ends.at(id) == Finish::length) {
-        EXPECT_EQ(got, wanted) << "request " << id << " of " << requests.size() << ": prompt " << r.tokens.size() << ", max_kv " << r.max_kv_size_tokens << ", temperature " << r.sampling.temperature << ", boundaries " << r.boundaries.size() << ", bits " << r.kv_bits << " from " << r.quantized_kv_start << ", drafts " << r.drafts.ngram_tokens << " " << r.drafts.model_tokens;
+        EXPECT_EQ(got, wanted) << "request " << id << " of " << requests.size() << ": prompt " << r.tokens.size() << ", max_kv " << r.max_kv_size_tokens << ", temperature " << r.sampling.temperature << ", boundaries " << r.boundaries.size() << ", bits " << r.kv_bits << " from " << r.quantized_kv_start << ", limited chunk " << limits.limited_chunk_tokens << " prefill " << limits.prefill_tokens << " step " << limits.step_tokens << " max_kv " << r.max_kv_size_tokens << ", drafts " << r.drafts.ngram_tokens << " " << r.drafts.model_tokens;
       } else {
         EXPECT_EQ(ends.at(id), Finish::cancelled);
         EXPECT_TRUE(got.size() <= wanted.size() && std::equal(got.begin(), got.end(), wanted.begin()));
@@ -153,7 +154,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
 
 TEST_P(ModelFuzz, EveryAnswerIsTheOneGivenAlone) {
   const auto start = std::chrono::steady_clock::now();
-  for (uint32_t seed = 1; seed <= (std::getenv("FUZZ_LONG") ? 200u : 12u) && std::chrono::steady_clock::now() - start < std::chrono::seconds(std::getenv("FUZZ_LONG") ? 40 : 4); ++seed) {
+  for (uint32_t seed = (std::getenv("FUZZ_SEED") ? std::atoi(std::getenv("FUZZ_SEED")) : 1u); seed <= (std::getenv("FUZZ_LONG") ? 400u : 12u) && std::chrono::steady_clock::now() - start < std::chrono::seconds(std::getenv("FUZZ_LONG") ? 40 : 4); ++seed) {
     SCOPED_TRACE(seed);
     story(seed);
     if (HasFailure()) return;
