@@ -125,7 +125,12 @@ void Engine::plan_drafts(StepPlan& plan) {
   const int share = std::max(0, together / static_cast<int>(wanted.size()));
   if (share == 0) return;
   for (auto& w : wanted) w.most = std::min(w.most, share);
-  const auto drafts = runner_.draft(wanted);
+  std::vector<std::vector<int>> drafts;
+  try {
+    drafts = runner_.draft(wanted);
+  } catch (...) {
+    return;  // a guess is never worth an answer
+  }
   for (std::size_t i = 0; i < row_of.size() && i < drafts.size(); ++i) {
     auto& row = plan.rows[row_of[i]];
     const auto count = std::min<std::size_t>(drafts[i].size(), wanted[i].most);
@@ -222,8 +227,8 @@ Engine::Admission Engine::admit(Sequence& q) {
   if (q.cache != 0) bytes = std::max(bytes, runner_.info(q.cache).bytes);
   if (static_cast<int>(running_.size()) >= limits_.max_sequences) return Admission::deferred;
   auto hit = find_reusable(q);
-  // A copy is as large as what it copies, however little of that is of use.
-  const auto with_hit = hit ? std::max(bytes, hit->entry.bytes) : bytes;
+  // A copy is as large as what it copies, however little of that is of use, and its windows grow with the next chunk.
+  const auto with_hit = hit ? std::max(bytes, hit->entry.bytes + runner_.cost_bytes(1, q.cache_options)) : bytes;
   if (hit && limits_.memory_bytes > 0 && reserved_bytes_ + hit->entry.bytes + with_hit > limits_.memory_bytes) hit.reset();
   if (hit) bytes = with_hit;
   if (!make_room(bytes)) {
