@@ -19,7 +19,9 @@ bool ends_with(std::span<const int> tokens, std::span<const int> suffix) {
   return !suffix.empty() && suffix.size() <= tokens.size() && std::ranges::equal(tokens.last(suffix.size()), suffix);
 }
 
-void validate_drafts(const Drafts& d) {
+}  // namespace
+
+void check(const Drafts& d) {
   const auto within = [](const char* name, int value) {
     if (value < 0 || value > Drafts::most_tokens) {
       throw Error(Code::bad_request, name, fmt::format("got {}, wanted 0 (off) to {}", value, Drafts::most_tokens));
@@ -31,8 +33,6 @@ void validate_drafts(const Drafts& d) {
     throw Error(Code::bad_request, "ngram_draft_tokens", "got both it and a draft model, wanted one of them");
   }
 }
-
-}  // namespace
 
 Error current_error() {
   try {
@@ -95,7 +95,7 @@ void Engine::validate(const Request& r) const {
   if (r.quantized_kv_start < 0) {
     throw Error(Code::bad_request, "quantized_kv_start", fmt::format("got {}, wanted 0 or more", r.quantized_kv_start));
   }
-  validate_drafts(r.drafts);
+  engine::check(r.drafts);
   const auto cache = cache_options(r);
   runner_.check(r.tokens, r.sampling, cache, r.drafts);
   if (r.cache != 0 && runner_.info(r.cache).tokens != static_cast<int>(r.cache_tokens.size())) {

@@ -43,6 +43,9 @@ struct Drafts {
   int most() const { return ngram_tokens > 0 ? ngram_tokens : model_tokens; }
 };
 
+/** Throws Error(bad_request). */
+void check(const Drafts& drafts);
+
 /** What caches of a sequence are like. */
 struct CacheOptions {
   int max_kv_size_tokens = 0;        // 0 = unbounded

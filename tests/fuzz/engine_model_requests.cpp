@@ -24,7 +24,7 @@ const text::Tokenizer& tokenizer() {
 }
 
 /** The same by gen::stream_generate, in chunks of its own. */
-std::vector<int> run_alone(model::CausalModel& model, const Request& r, int chunk_tokens) {
+std::vector<int> run_alone(model::CausalModel& model, const Request& r, int chunk_tokens, model::CausalModel* draft_model) {
   gen::Options o;
   o.max_tokens = r.max_tokens;
   o.sampler = gen::sampler_options(r.sampling);
@@ -32,6 +32,14 @@ std::vector<int> run_alone(model::CausalModel& model, const Request& r, int chun
   o.max_kv_size_tokens = r.max_kv_size_tokens;
   o.prefill_step_tokens = chunk_tokens;
   o.kv_quantization = {r.kv_bits, r.kv_group_size, r.quantized_kv_start};
+  // Greedy answers are those without drafts; draws are those with the same drafts.
+  if (r.sampling.temperature > 0) {
+    o.ngram_draft_tokens = r.drafts.ngram_tokens;
+    if (r.drafts.model_tokens > 0) {
+      o.draft_model = draft_model;
+      o.draft_tokens = r.drafts.model_tokens;
+    }
+  }
   o.ignore_eos = true;
   o.want_logprob = r.sampling.want_logprob || r.sampling.top_logprobs > 0;
   std::vector<int> tokens;
@@ -87,8 +95,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
       r.kv_group_size = 32;
       r.quantized_kv_start = pick(0, 1) ? 0 : pick(1, 70);
     }
-    // Where tokens are drawn, drafts keep the distribution and not the draws.
-    if (s.temperature == 0 && pick(0, 1)) (pick(0, 1) ? r.drafts.ngram_tokens : r.drafts.model_tokens) = pick(1, 7);
+    if (pick(0, 1)) (pick(0, 1) ? r.drafts.ngram_tokens : r.drafts.model_tokens) = pick(1, 7);
     return r;
   }
 
@@ -98,6 +105,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
     Limits limits{.max_sequences = pick(2, 9), .prefill_tokens = chunk, .least_prefill_tokens = pick(1, 8), .prefix_cache_bytes = pick(0, 1) ? 1 << 22 : 0};
     if (pick(0, 1)) limits.step_tokens = pick(2, 40);
     if (pick(0, 2) == 0) limits.limited_chunk_tokens = pick(1, 50);
+    limits.draft_tokens = 1000;  // nobody's are cut
     gen::ModelRunner runner(*model_, limits, draft_model_.get());
     if (pick(0, 1)) limits.memory_bytes = 4 * runner.cost_bytes(430, {.with_drafts = true}) + limits.prefix_cache_bytes;
     std::map<SequenceId, Request> requests;
@@ -135,7 +143,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
       // What a limited cache forgets depends on the chunks, alone as well.
       const bool limited = (r.max_kv_size_tokens > 0 && r.tokens.size() > static_cast<std::size_t>(r.max_kv_size_tokens)) || r.kv_bits > 0;
       if (HasFailure()) std::exit(1);
-      const auto wanted = run_alone(*model_, r, limited ? limits.limited_chunk_tokens : pick(1, 64));
+      const auto wanted = run_alone(*model_, r, limited ? limits.limited_chunk_tokens : pick(1, 64), draft_model_.get());
       const auto& got = answers[id];
       if (ends.at(id) == Finish::length) {
         EXPECT_EQ(got, wanted) << "request " << id << " of " << requests.size() << ": prompt " << r.tokens.size() << ", max_kv " << r.max_kv_size_tokens << ", temperature " << r.sampling.temperature << ", boundaries " << r.boundaries.size() << ", bits " << r.kv_bits << " from " << r.quantized_kv_start << ", limited chunk " << limits.limited_chunk_tokens << " prefill " << limits.prefill_tokens << " step " << limits.step_tokens << " max_kv " << r.max_kv_size_tokens << ", drafts " << r.drafts.ngram_tokens << " " << r.drafts.model_tokens;
