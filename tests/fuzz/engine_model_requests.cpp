@@ -95,7 +95,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
       r.kv_group_size = 32;
       r.quantized_kv_start = pick(0, 1) ? 0 : pick(1, 70);
     }
-    if (pick(0, 1)) (pick(0, 1) ? r.drafts.ngram_tokens : r.drafts.model_tokens) = pick(1, 7);
+    if (pick(0, 1) && (s.temperature == 0 || !drafts_are_cut_)) (pick(0, 1) ? r.drafts.ngram_tokens : r.drafts.model_tokens) = pick(1, 7);
     return r;
   }
 
@@ -104,6 +104,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
     const int chunk = pick(1, 48);
     Limits limits{.max_sequences = pick(2, 9), .prefill_tokens = chunk, .least_prefill_tokens = pick(1, 8), .prefix_cache_bytes = pick(0, 1) ? 1 << 22 : 0};
     if (pick(0, 1)) limits.step_tokens = pick(2, 40);
+    drafts_are_cut_ = limits.step_tokens > 0;
     if (pick(0, 2) == 0) limits.limited_chunk_tokens = pick(1, 50);
     limits.draft_tokens = 1000;  // nobody's are cut
     gen::ModelRunner runner(*model_, limits, draft_model_.get());
@@ -156,7 +157,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
 
   std::mt19937 random_;
   std::unique_ptr<model::CausalModel> model_, draft_model_;
-  bool quantizable_ = true;
+  bool quantizable_ = true, drafts_are_cut_ = false;
   int vocab_ = 0;
 };
 
