@@ -112,11 +112,16 @@ void Trail::mark(int tokens, bool one_call) {
   }
 }
 
-mx::array Trail::run(const std::vector<int>& tokens, int wanted_rows) {
+std::vector<int> Trail::take_call(const std::vector<int>& tokens) {
   std::vector<int> all = std::move(pending_);
   pending_.clear();
   all.insert(all.end(), tokens.begin(), tokens.end());
   if (marked_) since_.insert(since_.end(), all.begin(), all.end());
+  return all;
+}
+
+mx::array Trail::run(const std::vector<int>& tokens, int wanted_rows) {
+  const auto all = take_call(tokens);
   return model_.run(row_of_tokens(all), {{static_cast<int>(all.size()), wanted_rows, &caches_}});
 }
 
