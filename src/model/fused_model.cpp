@@ -107,6 +107,9 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
     parts.push_back({qkv + int64_t(at) * wide, mixed + int64_t(at) * q, wide, q, piece.count, memory.plan.keys.data<void>(),
                      memory.plan.values.data<void>(), memory.plan.keys.shape(2), memory.plan.visible_rows - tokens + piece.first + 1,
                      memory.window});
+    for (const auto& part : memory.plan.shared) {
+      parts.back().shared.push_back({part->keys.data<void>(), part->values.data<void>(), part->keys.shape(2), part->rows});
+    }
     at += piece.count;
   }
   for_rows(rows, wide, [&](int row) {
@@ -124,6 +127,8 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
 namespace {
 
 using namespace fused;
+
+static_assert(cache::shared_block_rows % cpu::attention_block == 0);
 
 class FusedModel final : public CausalModel {
  public:
