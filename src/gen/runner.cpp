@@ -246,7 +246,7 @@ engine::CacheId ModelRunner::copy(engine::CacheId cache, int tokens) {
   settle(from);
   Held made;
   made.options = from.options;
-  for (const auto& c : from.caches) made.caches.push_back(c ? c->copy() : nullptr);
+  for (const auto& c : from.caches) made.caches.push_back(!c ? nullptr : shares_memory_ ? c->copy() : c->separate_copy());
   made.tokens = from.tokens;
   held_.emplace(++last_id_, std::move(made));
   const auto id = last_id_;
@@ -274,6 +274,18 @@ void ModelRunner::trim(engine::CacheId cache, int tokens) {
 }
 
 void ModelRunner::free(engine::CacheId cache) noexcept { held_.erase(cache); }
+
+int64_t ModelRunner::held_bytes() const {
+  std::map<const void*, int64_t> buffers;
+  for (const auto& [id, h] : held_) {
+    for (const auto& c : h.caches) {
+      if (c) c->add_buffers(buffers);
+    }
+  }
+  int64_t total = 0;
+  for (const auto& [where, bytes] : buffers) total += bytes;
+  return total;
+}
 
 engine::CacheInfo ModelRunner::info(engine::CacheId cache) const {
   const auto& h = held(cache);

@@ -48,6 +48,10 @@ class ModelRunner final : public engine::Runner {
   const cache::Caches& caches(engine::CacheId cache);
   /** Caches that live. */
   std::size_t count() const { return held_.size(); }
+  /** Bytes of all caches in memory; what several share counts once. */
+  int64_t held_bytes() const;
+  /** Whether copies share memory; to measure against copies that do not. */
+  void share_memory(bool share) { shares_memory_ = share; }
 
  private:
   struct Held {
@@ -81,6 +85,7 @@ class ModelRunner final : public engine::Runner {
   std::vector<int64_t> layer_value_bytes_, layer_fixed_bytes_;
   std::vector<std::optional<cache::KvShape>> layer_shapes_;  // of layers that keep everything, where memory can be had ahead
   std::map<engine::CacheId, Held> held_;
+  bool shares_memory_ = true;
   std::map<engine::SequenceId, std::shared_ptr<Chooser>> choosers_;
   engine::CacheId last_id_ = 0;
 };
