@@ -187,6 +187,10 @@ void NgramDrafter::judge_last(const std::vector<int>& history) {
   constexpr int least = 2, most = 256;
   if (accepted == last_.size()) length_ = std::min(most, std::max(length_, static_cast<int>(accepted) * 2));
   else if (2 * accepted < last_.size()) length_ = std::max(least, length_ / 2);
+  // Where guesses are wrong again and again, they are rarer.
+  constexpr int longest_rest = 16;
+  misses_ = accepted == 0 ? misses_ + 1 : 0;
+  rest_ = misses_ < 4 ? 0 : std::min(longest_rest, 1 << std::min(misses_ - 4, 4));
   last_.clear();
 }
 
@@ -194,6 +198,10 @@ Draft NgramDrafter::propose(const std::vector<int>& history, int most) {
   if (history.size() < 3) return {};
   judge_last(history);
   index(history);
+  if (rest_ > 0) {
+    --rest_;
+    return {};
+  }
   const auto place = match(history);
   if (!place) return {};
   Draft draft;

@@ -70,7 +70,7 @@ class Drafter {
 };
 
 /** Finds where the text so far ended as it ends now, the longest and then the latest such place, and drafts what came next there.
- *  Drafts grow while they are accepted and shrink when they are not. Reference: prompt lookup decoding (Saxena 2023) */
+ *  Drafts grow while they are accepted, shrink when they are not, and pause when they are all wrong. Reference: prompt lookup decoding (Saxena 2023) */
 class NgramDrafter final : public Drafter {
  public:
   Draft propose(const std::vector<int>& history, int most) override;
@@ -85,6 +85,7 @@ class NgramDrafter final : public Drafter {
   std::vector<int> last_;                     // the last draft,
   std::size_t last_at_ = 0;                   // and the length of the history it was for
   int length_ = 4;                            // of the next draft
+  int misses_ = 0, rest_ = 0;                 // drafts in a row of which nothing was right; calls to come without one
 };
 
 /** Runs a smaller model ahead. Draws with the request's sampler and processors, so that its choices are the target's as often as can be. */

@@ -355,7 +355,7 @@ TEST_P(Distribution, IsTheTargets) {
     case 2: options.sampler.top_p = 0.8f; break;
     case 3: options.sampler.top_k = 3; options.sampler.temperature = 1.5f; break;
     case 4: options.sampler.min_p = 0.15f; break;
-    case 5: options.sampler.xtc_probability = 0.5f; break;
+    case 5: options.sampler.xtc_probability = 0.5f; options.max_tokens = 4000; break;  // guesses are rarely right
     case 6: options.processors = {.logit_bias = {{2, 1.f}}, .presence_penalty = 2.f, .presence_context_size = 1}; break;
     default: break;
   }
