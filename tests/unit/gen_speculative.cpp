@@ -355,7 +355,7 @@ TEST_P(Distribution, IsTheTargets) {
     case 2: options.sampler.top_p = 0.8f; break;
     case 3: options.sampler.top_k = 3; options.sampler.temperature = 1.5f; break;
     case 4: options.sampler.min_p = 0.15f; break;
-    case 5: options.sampler.xtc_probability = 0.5f; options.max_tokens = 4000; break;  // guesses are rarely right
+    case 5: options.sampler.xtc_probability = 0.5f; break;
     case 6: options.processors = {.logit_bias = {{2, 1.f}}, .presence_penalty = 2.f, .presence_context_size = 1}; break;
     default: break;
   }
@@ -363,8 +363,12 @@ TEST_P(Distribution, IsTheTargets) {
   const auto others = wanted_table(draft, options);
   for (const bool ngrams : {false, true}) {
     auto speculative = options;
-    if (ngrams) speculative.ngram_draft_tokens = 4;
-    else speculative.draft_model = &draft;
+    if (ngrams) {
+      speculative.ngram_draft_tokens = 4;
+      speculative.max_tokens = 4000;  // they are rarely right
+    } else {
+      speculative.draft_model = &draft;
+    }
     const auto got = generate(target, {1}, speculative);
     const auto [distance, freedom] = chi_square(got.tokens, wanted);
     EXPECT_LT(distance, limit_of(freedom)) << "degrees of freedom " << freedom;
