@@ -53,7 +53,8 @@ struct ModelRunner::Chooser {
   sample::Sampler sampler;
   std::shared_ptr<engine::TokenMask> mask;
   engine::Drafts drafts;
-  std::unique_ptr<Drafter> drafter{};  // made with the first draft
+  NgramDrafter ngrams{};
+  std::unique_ptr<ModelDrafter> drafter{};  // made with the first draft
   std::optional<mx::array> draft_probabilities{};  // that the latest draft was drawn from
 
   bool wants_logprobs() const { return sampling.want_logprob || sampling.want_logprobs || sampling.top_logprobs > 0; }
@@ -295,29 +296,42 @@ void ModelRunner::begin(engine::SequenceId sequence, const engine::Sampling& sam
 
 void ModelRunner::end(engine::SequenceId sequence) noexcept { choosers_.erase(sequence); }
 
+/** A draft is never worth an answer: who cannot have one gets none. */
 std::vector<std::vector<int>> ModelRunner::draft(const std::vector<engine::DraftWanted>& wanted) {
-  std::vector<std::vector<int>> drafts;
-  for (const auto& w : wanted) {
-    auto& tokens = drafts.emplace_back();
+  std::vector<std::vector<int>> drafts(wanted.size());
+  std::vector<std::vector<int>> histories(wanted.size());
+  std::vector<ModelDrafter::Wanted> by_model;
+  std::vector<std::size_t> index;
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    const auto& w = wanted[i];
     auto& chooser = *choosers_.at(w.sequence);
+    auto& h = held(w.cache);
     chooser.draft_probabilities.reset();
-    try {
-      auto& own = trail(held(w.cache));
-      int most = w.most;
-      while (most > 0 && !own.one_call_agrees(most + 1)) --most;
-      if (most == 0) continue;
-      if (!chooser.drafter && chooser.drafts.ngram_tokens > 0) chooser.drafter = std::make_unique<NgramDrafter>();
+    int most = w.most;
+    while (most > 0 && !trail(h).one_call_agrees(most + 1)) --most;
+    if (most == 0) continue;
+    histories[i].assign(w.tokens.begin(), w.tokens.end());
+    if (chooser.drafts.ngram_tokens > 0) {
+      drafts[i] = chooser.ngrams.propose(histories[i], most).tokens;
+    } else {
       if (!chooser.drafter) {
-        chooser.drafter = std::make_unique<ModelDrafter>(*draft_model_, model_.description().vocab, held(w.cache).options.max_kv_size_tokens,
-                                                         limited_chunk_tokens_, chooser.sampler, chooser.processors);
+        chooser.drafter = std::make_unique<ModelDrafter>(*draft_model_, model_.description().vocab, h.options.max_kv_size_tokens, limited_chunk_tokens_,
+                                                         chooser.sampler, chooser.processors);
       }
-      auto made = chooser.drafter->propose({w.tokens.begin(), w.tokens.end()}, most);
-      tokens = std::move(made.tokens);
-      chooser.draft_probabilities = std::move(made.probabilities);
-    } catch (...) {
-      chooser.drafter.reset();
-      tokens.clear();
+      by_model.push_back({chooser.drafter.get(), &histories[i], most});
+      index.push_back(i);
     }
+  }
+  if (by_model.empty()) return drafts;
+  try {
+    auto made = ModelDrafter::propose_together(by_model);
+    for (std::size_t k = 0; k < made.size(); ++k) {
+      drafts[index[k]] = std::move(made[k].tokens);
+      choosers_.at(wanted[index[k]].sequence)->draft_probabilities = std::move(made[k].probabilities);
+    }
+  } catch (...) {
+    end_evaluation();
+    for (const auto i : index) choosers_.at(wanted[i].sequence)->drafter.reset();
   }
   return drafts;
 }

@@ -97,8 +97,19 @@ class ModelDrafter final : public Drafter {
   void read(const std::vector<int>& prompt, const std::function<bool()>& cancelled) override;
   Draft propose(const std::vector<int>& history, int most) override;
 
+  struct Wanted {
+    ModelDrafter* drafter;
+    const std::vector<int>* history;
+    int most;
+  };
+  /** As propose() for each, with one call of the model a token for all. All drafters are of one model. */
+  static std::vector<Draft> propose_together(const std::vector<Wanted>& wanted);
+
  private:
-  mx::array catch_up(const std::vector<int>& history, int wanted_rows, const std::function<bool()>& cancelled);
+  struct Drawing;
+  std::vector<int> rejoin(const std::vector<int>& history);
+  void draw(const mx::array& logits, Drawing& drawing);
+  void catch_up(const std::vector<int>& unread, std::size_t left, const std::function<bool()>& cancelled);
   mx::array scores(mx::array logits, const std::vector<int>& history) const;
   std::vector<int> own_tokens(const std::vector<int>& tokens) const;
 
