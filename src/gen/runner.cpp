@@ -118,6 +118,10 @@ ModelRunner::ModelRunner(model::CausalModel& model, const engine::Limits& limits
     layer_value_bytes_.push_back(std::max<int64_t>(value_bytes, 2));
     layer_fixed_bytes_.push_back(fixed);
   }
+  if (draft_model_ == nullptr) return;
+  auto drafts = cache::make_caches(draft_model_->description());
+  mx::eval(draft_model_->run(mx::zeros({1}, mx::int32), {{1, 1, &drafts}}));
+  draft_value_bytes_ = std::max(2, value_bytes(drafts));
 }
 
 void ModelRunner::check(std::span<const int> tokens, const engine::Sampling& sampling, const engine::CacheOptions& cache,
@@ -140,7 +144,7 @@ void ModelRunner::check(std::span<const int> tokens, const engine::Sampling& sam
 }
 
 /** A cache grows by half of itself, in whole blocks; one with a limit holds a step more than that. Floats turn into quantized rows while both are
- *  there. What cannot forget is copied before it sees a draft. */
+ *  there. What cannot forget is copied before it sees a draft. A draft model has caches of its own. */
 int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) const {
   const auto layout = plan::cache_layout(model_.description());
   const auto bytes_of = [&](int64_t held, bool quantized) {
@@ -159,9 +163,13 @@ int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) c
     }
     return bytes;
   };
+  int64_t drafts = 0;
+  if (o.with_draft_model && draft_model_ != nullptr) {
+    drafts = cache_bytes(draft_model_->description(), tokens * 3 / 2 + kBlockTokens, {.max_kv_size_tokens = o.max_kv_size_tokens, .value_bytes = draft_value_bytes_});
+  }
   const bool converted = o.kv_bits > 0 && tokens >= o.quantized_from_tokens;
-  if (!converted) return bytes_of(tokens, false);
-  return std::max(bytes_of(tokens, true), bytes_of(o.quantized_from_tokens, true) + bytes_of(o.quantized_from_tokens, false));
+  if (!converted) return drafts + bytes_of(tokens, false);
+  return drafts + std::max(bytes_of(tokens, true), bytes_of(o.quantized_from_tokens, true) + bytes_of(o.quantized_from_tokens, false));
 }
 
 /** Attention sums a quantized window from its oldest row on, which is another one after another chunk. */

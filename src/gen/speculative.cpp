@@ -323,7 +323,7 @@ std::vector<Draft> ModelDrafter::propose_together(const std::vector<Wanted>& wan
     }
     if (active.empty()) break;
     auto logits = wanted.front().drafter->model_.run(row_of_tokens(tokens), segments);
-    if (round == 0) {
+    if (round == 0 && std::ranges::any_of(active, [](const Drawing* d) { return d->wanted->most > 1; })) {
       mx::eval(logits);  // what may be copied next is complete
       for (auto* d : active) {
         if (d->wanted->most > 1) d->wanted->drafter->trail_.mark(d->wanted->most - 1, false);
