@@ -53,6 +53,7 @@ struct CacheOptions {
   int kv_group_size = 64;
   int quantized_from_tokens = 0;     // converted once it holds so many; no step crosses this
   bool with_drafts = false;          // tokens may be taken back, for which a copy may be needed
+  bool with_draft_model = false;     // which has caches of its own
 
   bool operator==(const CacheOptions&) const = default;
 };

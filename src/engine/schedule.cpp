@@ -156,7 +156,7 @@ void Engine::plan_prompts(StepPlan& plan, int budget) {
 
 /** As the request would have them alone: chunks end at a multiple of their size, before the last token of the prompt, and after it. */
 CacheOptions Engine::cache_options(const Request& r) const {
-  CacheOptions o{.max_kv_size_tokens = r.max_kv_size_tokens, .with_drafts = r.drafts.most() > 0};
+  CacheOptions o{.max_kv_size_tokens = r.max_kv_size_tokens, .with_drafts = r.drafts.most() > 0, .with_draft_model = r.drafts.model_tokens > 0};
   if (r.kv_bits == 0) return o;
   o.kv_bits = r.kv_bits;
   o.kv_group_size = r.kv_group_size;

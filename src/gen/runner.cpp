@@ -53,7 +53,8 @@ struct ModelRunner::Chooser {
   sample::Sampler sampler;
   std::shared_ptr<engine::TokenMask> mask;
   engine::Drafts drafts;
-  std::unique_ptr<Drafter> drafter{};  // made with the first draft
+  NgramDrafter ngrams{};
+  std::unique_ptr<ModelDrafter> drafter{};  // made with the first draft
   std::optional<mx::array> draft_probabilities{};  // that the latest draft was drawn from
 
   bool wants_logprobs() const { return sampling.want_logprob || sampling.want_logprobs || sampling.top_logprobs > 0; }
@@ -117,6 +118,10 @@ ModelRunner::ModelRunner(model::CausalModel& model, const engine::Limits& limits
     layer_value_bytes_.push_back(std::max<int64_t>(value_bytes, 2));
     layer_fixed_bytes_.push_back(fixed);
   }
+  if (draft_model_ == nullptr) return;
+  auto drafts = cache::make_caches(draft_model_->description());
+  mx::eval(draft_model_->run(mx::zeros({1}, mx::int32), {{1, 1, &drafts}}));
+  draft_value_bytes_ = std::max(2, value_bytes(drafts));
 }
 
 void ModelRunner::check(std::span<const int> tokens, const engine::Sampling& sampling, const engine::CacheOptions& cache,
@@ -139,7 +144,7 @@ void ModelRunner::check(std::span<const int> tokens, const engine::Sampling& sam
 }
 
 /** A cache grows by half of itself, in whole blocks; one with a limit holds a step more than that. Floats turn into quantized rows while both are
- *  there. What cannot forget is copied before it sees a draft. */
+ *  there. What cannot forget is copied before it sees a draft. A draft model has caches of its own. */
 int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) const {
   const auto layout = plan::cache_layout(model_.description());
   const auto bytes_of = [&](int64_t held, bool quantized) {
@@ -158,9 +163,13 @@ int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) c
     }
     return bytes;
   };
+  int64_t drafts = 0;
+  if (o.with_draft_model && draft_model_ != nullptr) {
+    drafts = cache_bytes(draft_model_->description(), tokens * 3 / 2 + kBlockTokens, {.max_kv_size_tokens = o.max_kv_size_tokens, .value_bytes = draft_value_bytes_});
+  }
   const bool converted = o.kv_bits > 0 && tokens >= o.quantized_from_tokens;
-  if (!converted) return bytes_of(tokens, false);
-  return std::max(bytes_of(tokens, true), bytes_of(o.quantized_from_tokens, true) + bytes_of(o.quantized_from_tokens, false));
+  if (!converted) return drafts + bytes_of(tokens, false);
+  return drafts + std::max(bytes_of(tokens, true), bytes_of(o.quantized_from_tokens, true) + bytes_of(o.quantized_from_tokens, false));
 }
 
 /** Attention sums a quantized window from its oldest row on, which is another one after another chunk. */
@@ -307,29 +316,42 @@ void ModelRunner::begin(engine::SequenceId sequence, const engine::Sampling& sam
 
 void ModelRunner::end(engine::SequenceId sequence) noexcept { choosers_.erase(sequence); }
 
+/** A draft is never worth an answer: who cannot have one gets none. */
 std::vector<std::vector<int>> ModelRunner::draft(const std::vector<engine::DraftWanted>& wanted) {
-  std::vector<std::vector<int>> drafts;
-  for (const auto& w : wanted) {
-    auto& tokens = drafts.emplace_back();
+  std::vector<std::vector<int>> drafts(wanted.size());
+  std::vector<std::vector<int>> histories(wanted.size());
+  std::vector<ModelDrafter::Wanted> by_model;
+  std::vector<std::size_t> index;
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    const auto& w = wanted[i];
     auto& chooser = *choosers_.at(w.sequence);
+    auto& h = held(w.cache);
     chooser.draft_probabilities.reset();
-    try {
-      auto& own = trail(held(w.cache));
-      int most = w.most;
-      while (most > 0 && !own.one_call_agrees(most + 1)) --most;
-      if (most == 0) continue;
-      if (!chooser.drafter && chooser.drafts.ngram_tokens > 0) chooser.drafter = std::make_unique<NgramDrafter>();
+    int most = w.most;
+    while (most > 0 && !trail(h).one_call_agrees(most + 1)) --most;
+    if (most == 0) continue;
+    histories[i].assign(w.tokens.begin(), w.tokens.end());
+    if (chooser.drafts.ngram_tokens > 0) {
+      drafts[i] = chooser.ngrams.propose(histories[i], most).tokens;
+    } else {
       if (!chooser.drafter) {
-        chooser.drafter = std::make_unique<ModelDrafter>(*draft_model_, model_.description().vocab, held(w.cache).options.max_kv_size_tokens,
-                                                         limited_chunk_tokens_, chooser.sampler, chooser.processors);
+        chooser.drafter = std::make_unique<ModelDrafter>(*draft_model_, model_.description().vocab, h.options.max_kv_size_tokens, limited_chunk_tokens_,
+                                                         chooser.sampler, chooser.processors);
       }
-      auto made = chooser.drafter->propose({w.tokens.begin(), w.tokens.end()}, most);
-      tokens = std::move(made.tokens);
-      chooser.draft_probabilities = std::move(made.probabilities);
-    } catch (...) {
-      chooser.drafter.reset();
-      tokens.clear();
+      by_model.push_back({chooser.drafter.get(), &histories[i], most});
+      index.push_back(i);
     }
+  }
+  if (by_model.empty()) return drafts;
+  try {
+    auto made = ModelDrafter::propose_together(by_model);
+    for (std::size_t k = 0; k < made.size(); ++k) {
+      drafts[index[k]] = std::move(made[k].tokens);
+      choosers_.at(wanted[index[k]].sequence)->draft_probabilities = std::move(made[k].probabilities);
+    }
+  } catch (...) {
+    end_evaluation();
+    for (const auto i : index) choosers_.at(wanted[i].sequence)->drafter.reset();
   }
   return drafts;
 }

@@ -83,6 +83,7 @@ class ModelRunner final : public engine::Runner {
   model::CausalModel* draft_model_;
   int chunk_tokens_, limited_chunk_tokens_;
   std::vector<int64_t> layer_value_bytes_, layer_fixed_bytes_;
+  int draft_value_bytes_ = 0;
   std::vector<std::optional<cache::KvShape>> layer_shapes_;  // of layers that keep everything, where memory can be had ahead
   std::map<engine::CacheId, Held> held_;
   bool shares_memory_ = true;

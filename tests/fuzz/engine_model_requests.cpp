@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <random>
 
 #include <gtest/gtest.h>
@@ -161,6 +162,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
   int vocab_ = 0;
 };
 
+/** FUZZ_LONG=1 goes on for longer, FUZZ_SEED=n begins at a story. */
 TEST_P(ModelFuzz, EveryAnswerIsTheOneGivenAlone) {
   const auto start = std::chrono::steady_clock::now();
   for (uint32_t seed = (std::getenv("FUZZ_SEED") ? std::atoi(std::getenv("FUZZ_SEED")) : 1u); seed <= (std::getenv("FUZZ_LONG") ? 400u : 12u) && std::chrono::steady_clock::now() - start < std::chrono::seconds(std::getenv("FUZZ_LONG") ? 40 : 4); ++seed) {
