@@ -7,7 +7,7 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
-#elif defined(__aarch64__)
+#elif defined(MLXLM_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -90,6 +90,13 @@ inline F load_any(const void* p, Storage s, int64_t i) {
     memcpy(reinterpret_cast<char*>(&v) + 32, &b, 32);
     return v;
   }
+#elif defined(MLXLM_NEON)
+  float t[16];
+  for (int l = 0; l < 16; l += 4) {
+    const uint16x4_t raw = vld1_u16(h + l);
+    vst1q_f32(t + l, s == Storage::f16 ? vcvt_f32_f16(vreinterpret_f16_u16(raw)) : vreinterpretq_f32_u32(vshll_n_u16(raw, 16)));
+  }
+  return load(t);
 #endif
   F v;
   if (s == Storage::f16) {
