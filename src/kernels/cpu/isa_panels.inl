@@ -31,9 +31,16 @@ inline F load_fp8(const uint8_t* p) {
 
 inline F panel_scale(const uint8_t* p, Storage s, int which) {
   if (s == Storage::e8m0) {
+#if defined(__AVX512F__) || !defined(__AVX2__)
     Bytes16 raw;
     memcpy(&raw, p + 16 * which, 16);
     const U x = __builtin_convertvector(raw, U);
+#else  // GCC would take the bytes one by one
+    const __m256i halves[2] = {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 16 * which))),
+                               _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 16 * which + 8)))};
+    U x;
+    memcpy(&x, halves, 64);
+#endif
     const U bits = x << 23;
     return select((I)(x == 0u), (F)(U{} + 0x400000u), (F)bits);
   }
@@ -141,6 +148,42 @@ void panel_exact(const Panels& p, const uint8_t* panel, const Activations& a, in
   }
   for (int i = 0; i < R; ++i) store(c + int64_t(i) * ldc, total[i]);
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/** As panel_exact in halves: GCC keeps vectors of 64 bytes in memory here, and copies them in parts. */
+template <int R>
+void panel_fp8_halves(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
+  const int64_t group_bytes = p.group_bytes(), code_bytes = p.code_bytes();
+  __m256 total[2][R];
+  for (int i = 0; i < R; ++i) total[0][i] = total[1][i] = _mm256_setzero_ps();
+  for (int g = 0; g < p.k / p.group; ++g, panel += group_bytes) {
+    prefetch_group(panel, group_bytes);
+    __m256 t[2][R];
+    for (int i = 0; i < R; ++i) t[0][i] = t[1][i] = _mm256_setzero_ps();
+    const float* x = a.x + int64_t(m0) * a.k + g * p.group;
+    for (int d = 0; d < p.group; ++d) {
+      const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + d * 16)));
+      const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(int16_t(0xBFFF)));
+      const __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(half)), high = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const __m256 xi = _mm256_set1_ps(x[int64_t(i) * a.k + d]);
+        t[0][i] = _mm256_fmadd_ps(low, xi, t[0][i]);
+        t[1][i] = _mm256_fmadd_ps(high, xi, t[1][i]);
+      }
+    }
+    float scales[16];
+    store(scales, panel_scale(panel + code_bytes, p.scales, 0));
+    for (int h = 0; h < 2; ++h) {
+      const __m256 scale = _mm256_loadu_ps(scales + 8 * h);
+      for (int i = 0; i < R; ++i) total[h][i] = _mm256_fmadd_ps(_mm256_mul_ps(t[h][i], _mm256_set1_ps(256.f)), scale, total[h][i]);
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int h = 0; h < 2; ++h) _mm256_storeu_ps(c + int64_t(i) * ldc + 8 * h, total[h][i]);
+  }
+}
+#endif
 
 // ---- digits --------------------------------------------------------------------------------------------------------
 
@@ -331,6 +374,9 @@ inline void panel_rows(const Panels& p, const uint8_t* panel, const Activations&
     if (a.digits != nullptr) return panel_digits<C, R, 2>(p, panel, a, m0, c, ldc);
   }
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (C == fp8) return panel_fp8_halves<R>(p, panel, a, m0, c, ldc);
+#endif
   panel_exact<C, R>(p, panel, a, m0, c, ldc);
 }
 
@@ -351,7 +397,7 @@ void panel_format(const Panels& p, const uint8_t* panel, const Activations& a, i
 #if defined(__AVX512F__)
     const int most = 8;
 #else
-    const int most = a.digits != nullptr ? 4 : 8;  // sums of more rows than that do not stay in registers
+    const int most = a.digits != nullptr || C == fp8 ? 4 : 8;  // sums of more rows than that do not stay in registers
 #endif
     const int rows = count >= most ? most : count >= 4 ? 4 : count >= 2 ? 2 : 1;
     if (rows == 8) panel_rows<C, 8>(p, panel, a, m0, c, ldc);
