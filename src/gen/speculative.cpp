@@ -112,11 +112,16 @@ void Trail::mark(int tokens, bool one_call) {
   }
 }
 
-mx::array Trail::run(const std::vector<int>& tokens, int wanted_rows) {
+std::vector<int> Trail::take_call(const std::vector<int>& tokens) {
   std::vector<int> all = std::move(pending_);
   pending_.clear();
   all.insert(all.end(), tokens.begin(), tokens.end());
   if (marked_) since_.insert(since_.end(), all.begin(), all.end());
+  return all;
+}
+
+mx::array Trail::run(const std::vector<int>& tokens, int wanted_rows) {
+  const auto all = take_call(tokens);
   return model_.run(row_of_tokens(all), {{static_cast<int>(all.size()), wanted_rows, &caches_}});
 }
 
@@ -258,7 +263,7 @@ mx::array ModelDrafter::scores(mx::array logits, const std::vector<int>& history
     logits = mx::concatenate({logits, mx::full({1, vocab_ - own}, mx::array(-std::numeric_limits<float>::infinity(), logits.dtype()))}, 1);
   }
   if (processors_.any()) logits = sample::process(logits, history, processors_);
-  return sampler_.greedy() ? logits : logits - mx::logsumexp(logits, -1, true);
+  return sampler_.greedy() ? logits : sample::log_probabilities(logits);
 }
 
 Draft ModelDrafter::propose(const std::vector<int>& history, int most) {

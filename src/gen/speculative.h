@@ -32,6 +32,10 @@ class Trail {
   void mark(int tokens, bool one_call);
   /** Logits [wanted_rows, V] of the last rows. */
   mx::array run(const std::vector<int>& tokens, int wanted_rows);
+  /** For a caller that runs the model itself, at once: the tokens of that call, which end with `tokens`. */
+  std::vector<int> take_call(const std::vector<int>& tokens);
+  /** Tokens that were kept and run again with the next call. */
+  int pending() const { return static_cast<int>(pending_.size()); }
   /** Keeps the first `count` tokens that ran since the mark, at least one when they came in one call; takes the mark away. */
   void back_to(int count);
   /** Runs what must run again, so that the caches hold all tokens that were kept. */

@@ -58,6 +58,12 @@ mx::array Store::take(const std::string& name) {
   return value;
 }
 
+mx::array Store::vector(const std::string& name) {
+  const auto value = take(name);
+  made.vectors.insert_or_assign(name, value);
+  return value;
+}
+
 nn::Linear::Weights Store::linear(const std::string& path) {
   nn::Linear::Weights w{.weight = take(path + ".weight")};
   if (has(path + ".scales")) w.scales = take(path + ".scales");

@@ -28,12 +28,15 @@ class Store {
   const mx::array& peek(const std::string& name) const { return tensors_.at(name); }
   /** Throws Error(bad_weights) when it is missing. */
   mx::array take(const std::string& name);
+  /** As take(), and noted in `made`. */
+  mx::array vector(const std::string& name);
   nn::Linear::Weights linear(const std::string& path);
   std::shared_ptr<nn::Linear> map(const std::vector<std::string>& paths);
   /** Maps and norm weights that were handed out, by the path of their first part: the fused executor shares them. */
   struct Made {
     std::map<std::string, std::shared_ptr<nn::Linear>> maps{};
     std::map<std::string, mx::array> norms{};
+    std::map<std::string, mx::array> vectors{};  // other parameters that are no maps, by name
   };
   Made made{};
   /** The dtype of the model's activations. */

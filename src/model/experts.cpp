@@ -12,7 +12,7 @@ class MoeBlock final : public Block {
   MoeBlock(const arch::Moe& op, Store& store, const std::string& at) : op_(op) {
     const std::string path = at + op.at + ".", experts = path + op.experts_at + ".", shared = path + op.shared_at + ".";
     router_ = store.map({path + op.router});
-    if (op.correction_bias) correction_ = mx::astype(store.take(path + op.router + ".e_score_correction_bias"), mx::float32);
+    if (op.correction_bias) correction_ = mx::astype(store.vector(path + op.router + ".e_score_correction_bias"), mx::float32);
     up_ = op.gated ? store.map({experts + op.gate, experts + op.up}) : store.map({experts + op.up});
     down_ = store.map({experts + op.down});
     if (op.latent > 0) {

@@ -1,123 +1,23 @@
-// Steps of attention and feed-forward layers as one CPU primitive: activations stay float32 from the embedding to the logits.
+// The fused executor: attention and its caches, and the model around the program.
 #include "model/fused_model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+#include <string_view>
 
 #include <mlx/allocator.h>
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
 #include "base/error.h"
-#include "kernels/cpu/eager.h"
 #include "kernels/cpu/kernel.h"
 #include "kernels/cpu/rows.h"
+#include "model/fused_program.h"
 
 namespace mlxlm::model {
+namespace fused {
+
 namespace {
-
-namespace cpu = kernels::cpu;
-
-constexpr int chunk_tokens = 512;  // rows that go through all layers together
-
-struct FusedNorm {
-  std::vector<float> weight;  // empty = none
-  float eps = 0.f;
-  void operator()(const float* x, int dims, float* out) const {
-    cpu::isa().rms_norm(x, weight.empty() ? nullptr : weight.data(), eps, dims, out);
-  }
-};
-
-struct FusedAttention {
-  int layer = 0;  // whose cache it uses
-  int heads = 0, kv_heads = 0, head_dim = 0, window = 0, rotation = -1;
-  float scale = 1.f, softcap = 0.f;
-  bool norm_full_width = false;
-  std::optional<FusedNorm> q_norm{}, k_norm{};
-  cpu::EagerMap qkv{}, o{};
-};
-
-struct FusedFeedForward {
-  bool gated = true;
-  arch::Act act = arch::Act::silu;
-  int hidden = 0;
-  cpu::EagerMap up{}, down{};  // gated: up holds gate and up
-};
-
-using FusedOp = std::variant<FusedAttention, FusedFeedForward>;
-
-struct FusedStep {
-  std::optional<FusedNorm> pre{}, post{};
-  std::vector<FusedOp> ops{};
-  float scale = 1.f;
-};
-
-struct Rotary {
-  arch::Rope rope;
-  std::vector<float> frequencies;
-};
-
-/** Where a sequence's keys and values of one layer lie during a step. */
-struct Memory {
-  cache::WritePlan plan;
-  int window = 0;  // of a rotating cache, for several tokens at once
-};
-
-struct Sequence {
-  int tokens, wanted_rows, offset;
-  std::vector<std::optional<Memory>> layers;
-};
-
-/** Tokens [first, first + count) of a sequence in a chunk. */
-struct Piece {
-  int sequence, first, count;
-};
-
-/** Everything that does not change between steps, and scratch memory. */
-class Program {
- public:
-  std::vector<FusedStep> steps;
-  std::vector<Rotary> rotations;
-  FusedNorm final_norm;
-  cpu::EagerMap head;
-  cpu::PackedMatrixPtr embedding;
-  float embed_scale = 1.f, logit_scale = 1.f, logit_softcap = 0.f;
-  int width = 0, vocab = 0;
-  mx::Dtype dtype = mx::float32;
-
-  void run(const int* tokens, const std::vector<Sequence>& sequences, mx::array& logits);
-
- private:
-  struct Chunk {
-    std::vector<Piece> pieces;
-    int tokens = 0;
-  };
-  void run_chunk(const int* tokens, const std::vector<Sequence>& sequences, const Chunk& chunk, mx::array& logits, int& next_row);
-  void rotate_tables(const std::vector<Sequence>& sequences, const Chunk& chunk);
-  void attention(const FusedAttention& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
-  void finish_qkv(const FusedAttention& op, const Sequence& s, const Piece& piece, int l, int row, float* qkv);
-  void feed_forward(const FusedFeedForward& op, const FusedStep& step, int rows, float* y);
-  void write_logits(const std::vector<Sequence>& sequences, const Chunk& chunk, mx::array& logits, int& next_row);
-  void input_row(const FusedStep& step, int row, float* to) const {
-    const float* x = x_ + int64_t(row) * width;
-    if (step.pre) return (*step.pre)(x, width, to);
-    std::memcpy(to, x, width * sizeof(float));
-  }
-  bool exact() const { return dtype == mx::float32; }
-
-  float* x_ = nullptr;
-  cpu::FloatBuffer x_buffer_, qkv_, mixed_, y_, more_, hidden_, logits_;
-  std::vector<std::vector<float>> cosines_, sines_;  // one a rotation, [row][pairs]
-};
-
-template <class Body>
-void for_rows(int rows, int64_t width, Body&& body) {
-  const int chunks = rows * width < 16384 ? 1 : std::min(rows, 32);
-  cpu::in_parallel(chunks, [&](int chunk) {
-    for (int row = int(int64_t(rows) * chunk / chunks); row < int(int64_t(rows) * (chunk + 1) / chunks); ++row) body(row);
-  });
-}
 
 void copy_rows(const mx::array& from, mx::array& to, const std::vector<cache::WritePlan::Copy>& copies) {
   const int64_t row_bytes = from.shape(3) * static_cast<int64_t>(mx::size_of(from.dtype()));
@@ -128,7 +28,13 @@ void copy_rows(const mx::array& from, mx::array& to, const std::vector<cache::Wr
   }
 }
 
-void Program::run(const int* tokens, const std::vector<Sequence>& sequences, mx::array& logits) {
+}  // namespace
+
+void Program::run(const std::vector<mx::array>& in, const std::vector<Sequence>& sequences, std::vector<mx::array>& out) {
+  const int* tokens = in[0].data<int>();
+  auto& logits = out[0];
+  in_ = &in;
+  out_ = &out;
   for (const auto& s : sequences) {
     for (const auto& memory : s.layers) {
       if (!memory || memory->plan.copies.empty()) continue;
@@ -155,57 +61,6 @@ void Program::run(const int* tokens, const std::vector<Sequence>& sequences, mx:
     }
   }
   flush();
-}
-
-void Program::rotate_tables(const std::vector<Sequence>& sequences, const Chunk& chunk) {
-  cosines_.resize(rotations.size());
-  sines_.resize(rotations.size());
-  for (std::size_t i = 0; i < rotations.size(); ++i) {
-    const auto& frequencies = rotations[i].frequencies;
-    const std::size_t pairs = frequencies.size();
-    cosines_[i].resize(chunk.tokens * pairs);
-    sines_[i].resize(chunk.tokens * pairs);
-    std::size_t at = 0;
-    for (const auto& piece : chunk.pieces) {
-      for (int l = 0; l < piece.count; ++l) {
-        const double position = sequences[piece.sequence].offset + piece.first + l;
-        for (std::size_t p = 0; p < pairs; ++p, ++at) {
-          const double angle = position * frequencies[p];
-          cosines_[i][at] = static_cast<float>(std::cos(angle));
-          sines_[i][at] = static_cast<float>(std::sin(angle));
-        }
-      }
-    }
-  }
-}
-
-void Program::run_chunk(const int* tokens, const std::vector<Sequence>& sequences, const Chunk& chunk, mx::array& logits, int& next_row) {
-  const int rows = chunk.tokens;
-  x_ = x_buffer_.get(int64_t(rows) * width);
-  for_rows(rows, width, [&](int row) {
-    float* x = x_ + int64_t(row) * width;
-    cpu::eager_embedding(*embedding, tokens[row], x);
-    if (embed_scale != 1.f) {
-      for (int i = 0; i < width; ++i) x[i] *= embed_scale;
-    }
-  });
-  rotate_tables(sequences, chunk);
-  float *y = y_.get(int64_t(rows) * width), *more = nullptr;
-  for (const auto& step : steps) {
-    for (std::size_t i = 0; i < step.ops.size(); ++i) {
-      if (i > 0) more = more_.get(int64_t(rows) * width);
-      float* out = i == 0 ? y : more;
-      if (const auto* a = std::get_if<FusedAttention>(&step.ops[i])) attention(*a, step, sequences, chunk, out);
-      else feed_forward(std::get<FusedFeedForward>(step.ops[i]), step, rows, out);
-      if (i > 0) cpu::isa().add_scaled(y, more, 1.f, int64_t(rows) * width);
-    }
-    for_rows(rows, width, [&](int row) {
-      float *x = x_ + int64_t(row) * width, *from = y + int64_t(row) * width;
-      if (step.post) (*step.post)(from, width, from);
-      cpu::isa().add_scaled(x, from, step.scale, width);
-    });
-  }
-  write_logits(sequences, chunk, logits, next_row);
 }
 
 /** Norms and rotation of a token's heads; its key and value go to the cache. */
@@ -264,174 +119,11 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
   cpu::eager_map(op.o, rows, [&](int row, float* to) { std::memcpy(to, mixed + int64_t(row) * q, q * sizeof(float)); }, exact(), y, width);
 }
 
-void act_row(arch::Act act, const float* gate, const float* up, float* out, int n) {
-  switch (act) {
-    case arch::Act::silu: return cpu::isa().silu_mul(gate, up, out, n);
-    case arch::Act::gelu_tanh: return cpu::isa().gelu_tanh_mul(gate, up, out, n);
-    case arch::Act::gelu:
-      for (int i = 0; i < n; ++i) out[i] = 0.5f * gate[i] * (1.f + std::erf(gate[i] * 0.70710678f)) * (up == nullptr ? 1.f : up[i]);
-      return;
-    case arch::Act::relu2:
-      for (int i = 0; i < n; ++i) {
-        const float positive = std::max(gate[i], 0.f);
-        out[i] = positive * positive * (up == nullptr ? 1.f : up[i]);
-      }
-  }
-}
+}  // namespace fused
 
-void Program::feed_forward(const FusedFeedForward& op, const FusedStep& step, int rows, float* y) {
-  const int wide = op.gated ? 2 * op.hidden : op.hidden;
-  float* hidden = hidden_.get(int64_t(rows) * wide);
-  cpu::eager_map(op.up, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), hidden, wide);
-  cpu::eager_map(op.down, rows, [&](int row, float* to) {
-    const float* from = hidden + int64_t(row) * wide;
-    act_row(op.act, from, op.gated ? from + op.hidden : nullptr, to, op.hidden);
-  }, exact(), y, width);
-}
+namespace {
 
-void Program::write_logits(const std::vector<Sequence>& sequences, const Chunk& chunk, mx::array& logits, int& next_row) {
-  std::vector<int> rows;  // of the chunk
-  int at = 0;
-  for (const auto& piece : chunk.pieces) {
-    const auto& s = sequences[piece.sequence];
-    for (int l = std::max(0, s.tokens - s.wanted_rows - piece.first); l < piece.count; ++l) rows.push_back(at + l);
-    at += piece.count;
-  }
-  constexpr int rows_at_once = 32;  // logits are wide
-  const auto storage = cpu::storage_of(dtype);
-  const int64_t item = static_cast<int64_t>(mx::size_of(dtype));
-  for (std::size_t first = 0; first < rows.size(); first += rows_at_once) {
-    const int count = static_cast<int>(std::min<std::size_t>(rows_at_once, rows.size() - first));
-    float* out = logits_.get(int64_t(count) * vocab);
-    cpu::eager_map(head, count, [&](int row, float* to) { final_norm(x_ + int64_t(rows[first + row]) * width, width, to); }, exact(), out, vocab);
-    constexpr int columns = 8192;
-    const int blocks = (vocab + columns - 1) / columns;
-    cpu::in_parallel(count * blocks, [&](int task) {
-      const int row = task / blocks, from = task % blocks * columns, n = std::min(columns, vocab - from);
-      float* l = out + int64_t(row) * vocab + from;
-      for (int i = 0; i < n && logit_scale != 1.f; ++i) l[i] *= logit_scale;
-      for (int i = 0; i < n && logit_softcap > 0.f; ++i) l[i] = std::tanh(l[i] / logit_softcap) * logit_softcap;
-      cpu::isa().store(l, storage, logits.data<uint8_t>() + (int64_t(next_row + row) * vocab + from) * item, n);
-    });
-    next_row += count;
-  }
-}
-
-// ---- from a description ----------------------------------------------------------------------------------------------
-
-/** Collects what a description needs; `supported` turns false at the first op without kernels. */
-class Fuser {
- public:
-  Fuser(const arch::Model& model, const FusedParts& parts) : model_(model), parts_(parts) {}
-
-  std::shared_ptr<Program> build() {
-    auto program = std::make_shared<Program>();
-    program_ = program.get();
-    program->width = model_.width;
-    program->vocab = parts_.head->out_dims();
-    program->dtype = parts_.dtype;
-    program->logit_scale = model_.logit_scale;
-    program->logit_softcap = model_.logit_softcap;
-    program->embed_scale = model_.embed_scale;
-    if (model_.embed_scale != 1.f) program->embed_scale = rounded(model_.embed_scale, model_.embed_scale_bf16 ? mx::bfloat16 : parts_.dtype);
-    const auto table = parts_.embed->eager();
-    if (table.parts.size() != 1) return nullptr;
-    program->embedding = table.parts[0].matrix;
-    program->head = parts_.head->eager();
-    if (program->head.parts.empty()) return nullptr;
-    for (std::size_t i = 0; i < model_.layers.size(); ++i) {
-      for (const auto& step : model_.layers[i]) program->steps.push_back(fuse_step(step, static_cast<int>(i)));
-    }
-    program->final_norm = norm(model_.final_norm, model_.root + ".");
-    return supported_ ? program : nullptr;
-  }
-
- private:
-  static float rounded(float value, mx::Dtype dtype) { return mx::astype(mx::astype(mx::array(value), dtype), mx::float32).item<float>(); }
-
-  FusedNorm norm(const arch::Norm& spec, const std::string& at) {
-    FusedNorm made{.weight = {}, .eps = spec.eps};
-    if (spec.kind != arch::NormKind::rms) supported_ = false;
-    if (!supported_ || spec.weightless) return made;
-    auto weight = mx::contiguous(mx::astype(parts_.made.norms.at(at + spec.at), mx::float32));
-    mx::eval(weight);
-    made.weight.assign(weight.data<float>(), weight.data<float>() + weight.size());
-    if (spec.plus_one) {
-      for (auto& w : made.weight) w += 1.f;
-    }
-    return made;
-  }
-
-  /** A map with an adapter has no parts. */
-  cpu::EagerMap map(const std::string& path) {
-    auto map = parts_.made.maps.at(path)->eager();
-    if (map.parts.empty()) supported_ = false;
-    return map;
-  }
-
-  int rotation(const std::optional<arch::Rope>& rope) {
-    if (!rope) return -1;
-    if (rope->kind == arch::RopeKind::dynamic_ntk) supported_ = false;  // its frequencies depend on the length of the call
-    if (!supported_) return -1;
-    auto frequencies = plan::rope_frequencies(*rope);
-    for (std::size_t i = 0; i < program_->rotations.size(); ++i) {
-      const auto& known = program_->rotations[i];
-      if (known.frequencies == frequencies && known.rope.traditional == rope->traditional && known.rope.input_scale == rope->input_scale) {
-        return static_cast<int>(i);
-      }
-    }
-    program_->rotations.push_back({*rope, std::move(frequencies)});
-    return static_cast<int>(program_->rotations.size()) - 1;
-  }
-
-  FusedStep fuse_step(const arch::Step& step, int layer) {
-    FusedStep made;
-    const std::string at = model_.root + "." + model_.layers_at + "." + std::to_string(layer) + ".";
-    if (step.pre) made.pre = norm(*step.pre, at);
-    if (step.post) made.post = norm(*step.post, at);
-    made.scale = step.scale;
-    for (const auto& op : step.ops) {
-      if (!supported_) break;
-      if (const auto* a = std::get_if<arch::Attention>(&op)) made.ops.push_back(attention(*a, at, layer));
-      else if (const auto* g = std::get_if<arch::Glu>(&op)) made.ops.push_back(glu(*g, at));
-      else if (const auto* m = std::get_if<arch::Mlp>(&op)) made.ops.push_back(mlp(*m, at));
-      else supported_ = false;
-    }
-    return made;
-  }
-
-  FusedAttention attention(const arch::Attention& op, const std::string& layer_at, int layer) {
-    const std::string at = layer_at + op.at + ".";
-    FusedAttention made;
-    made.layer = layer;
-    made.heads = op.heads;
-    made.kv_heads = op.kv_heads;
-    made.head_dim = op.head_dim;
-    made.window = op.window.value_or(0);
-    made.scale = op.scale != 0.f ? op.scale : 1.f / std::sqrt(float(op.head_dim));
-    made.softcap = op.softcap;
-    made.norm_full_width = op.norm_full_width;
-    made.rotation = rotation(op.rope);
-    if (op.q_norm) made.q_norm = norm(*op.q_norm, at);
-    if (op.k_norm) made.k_norm = norm(*op.k_norm, at);
-    made.qkv = map(at + (op.fused_qkv.empty() ? op.q : op.fused_qkv));
-    made.o = map(at + op.o);
-    return made;
-  }
-
-  FusedFeedForward glu(const arch::Glu& op, const std::string& layer_at) {
-    const std::string at = layer_at + op.at + ".";
-    return {true, op.act, op.hidden, map(at + (op.fused_gate_up.empty() ? op.gate : op.fused_gate_up)), map(at + op.down)};
-  }
-  FusedFeedForward mlp(const arch::Mlp& op, const std::string& layer_at) {
-    return {false, op.act, op.hidden, map(layer_at + op.at + "." + op.up), map(layer_at + op.at + "." + op.down)};
-  }
-
-  const arch::Model& model_;
-  const FusedParts& parts_;
-  Program* program_ = nullptr;
-  bool supported_ = true;
-};
+using namespace fused;
 
 class FusedModel final : public CausalModel {
  public:
@@ -439,6 +131,8 @@ class FusedModel final : public CausalModel {
     for (const auto& step : program_->steps) {
       for (const auto& op : step.ops) {
         if (const auto* a = std::get_if<FusedAttention>(&op)) attentions_.push_back(a);
+        if (const auto* l = std::get_if<FusedLatent>(&op)) attentions_.push_back(&l->memory);
+        if (const auto* m = std::get_if<FusedMamba>(&op)) mambas_.push_back(m);
       }
     }
   }
@@ -447,15 +141,16 @@ class FusedModel final : public CausalModel {
     check_segments(tokens, segments, description());
     if (!served(segments)) return graph_->run(tokens, segments);
     std::vector<Sequence> sequences;
-    int rows = 0;
+    Outputs outputs{{mx::contiguous(mx::astype(tokens, mx::int32))}, {{0, program_->vocab}}, {program_->dtype}};
     for (const auto& segment : segments) {
       sequences.push_back(plan(segment));
-      rows += segment.wanted_rows;
+      plan_states(segment, sequences.back(), outputs);
+      outputs.shapes[0][0] += segment.wanted_rows;
     }
-    auto logits = cpu::make_kernel("Step", {rows, program_->vocab}, program_->dtype, {mx::contiguous(mx::astype(tokens, mx::int32))},
-                                   [program = program_, sequences = std::move(sequences)](const auto& in, auto& out) {
-                                     program->run(in[0].template data<int>(), sequences, out[0]);
-                                   });
+    const auto made = cpu::make_kernels("Step", outputs.shapes, outputs.dtypes, outputs.inputs,
+                                        [program = program_, sequences](const auto& in, auto& out) { program->run(in, sequences, out); });
+    const auto& logits = made[0];
+    for (std::size_t i = 0; i < segments.size(); ++i) set_states(segments[i], sequences[i], made);
     for (const auto& segment : segments) {
       if (segment.caches == nullptr || segment.caches->empty()) continue;
       for (const auto* a : attentions_) static_cast<cache::AttentionCache&>(*(*segment.caches)[a->layer]).set_written(logits);
@@ -468,6 +163,55 @@ class FusedModel final : public CausalModel {
   int64_t weight_bytes() const override { return graph_->weight_bytes(); }
 
  private:
+  /** What a step reads and makes beside what lies in attention's caches. */
+  struct Outputs {
+    std::vector<mx::array> inputs;
+    std::vector<mx::Shape> shapes;
+    std::vector<mx::Dtype> dtypes;
+  };
+
+  static cache::RecurrentCache* recurrent_cache(const Segment& segment, int layer) {
+    if (segment.caches == nullptr || segment.caches->empty()) return nullptr;
+    auto* held = dynamic_cast<cache::RecurrentCache*>((*segment.caches)[layer].get());
+    if (held == nullptr || held->slots() != 2) throw Error(Code::internal, "mamba", "got the cache of another kind of layer");
+    return held;
+  }
+
+  /** As the kernels read it: what a step made is that already, and must not wait for its evaluation. */
+  static mx::array state_rows(const mx::array& a) {
+    const bool own = a.dtype() == mx::float32 && (a.is_available() ? a.flags().row_contiguous : a.has_primitive() && std::string_view(a.primitive().name()) == "Step");
+    return own ? a : mx::contiguous(mx::astype(a, mx::float32));
+  }
+
+  void plan_states(const Segment& segment, Sequence& s, Outputs& outputs) const {
+    if (mambas_.empty()) return;
+    s.recurrent.resize(description().layers.size());
+    for (const auto* m : mambas_) {
+      const auto* held = recurrent_cache(segment, m->layer);
+      auto& place = s.recurrent[m->layer];
+      place.out = static_cast<int>(outputs.shapes.size());
+      const mx::Shape shapes[] = {{1, m->spec.conv - 1, m->channels()}, {1, m->spec.heads, m->spec.head_dim, m->spec.state}};
+      if (held != nullptr && held->slot(0) && held->slot(1)) place.in = static_cast<int>(outputs.inputs.size());
+      for (int i = 0; i < 2; ++i) {
+        if (place.in >= 0) {
+          if (held->slot(i)->shape() != shapes[i]) throw Error(Code::internal, "mamba", "got a state of another shape");
+          outputs.inputs.push_back(state_rows(*held->slot(i)));
+        }
+        outputs.shapes.push_back(shapes[i]);
+        outputs.dtypes.push_back(mx::float32);
+      }
+    }
+  }
+
+  void set_states(const Segment& segment, const Sequence& s, const std::vector<mx::array>& made) const {
+    for (const auto* m : mambas_) {
+      auto* held = recurrent_cache(segment, m->layer);
+      if (held == nullptr) continue;
+      for (int i = 0; i < 2; ++i) held->set_slot(i, made[s.recurrent[m->layer].out + i]);
+      held->advance(segment.tokens);
+    }
+  }
+
   bool served(const std::vector<Segment>& segments) const {
     for (const auto& segment : segments) {
       if (segment.caches == nullptr || segment.caches->empty()) continue;
@@ -480,9 +224,9 @@ class FusedModel final : public CausalModel {
   }
 
   Sequence plan(const Segment& segment) const {
-    Sequence s{segment.tokens, segment.wanted_rows, 0, std::vector<std::optional<Memory>>(description().layers.size())};
+    Sequence s{segment.tokens, segment.wanted_rows, 0, std::vector<std::optional<Memory>>(description().layers.size()), {}};
     for (const auto* a : attentions_) {
-      const cache::KvShape shape{a->kv_heads, a->head_dim, a->head_dim, program_->dtype};
+      const cache::KvShape shape{a->kv_heads, a->head_dim, a->value_dim, program_->dtype};
       if (segment.caches == nullptr || segment.caches->empty()) {
         cache::KvCache none;
         s.layers[a->layer] = {none.plan_write(segment.tokens, shape), a->window};
@@ -501,12 +245,13 @@ class FusedModel final : public CausalModel {
   std::unique_ptr<CausalModel> graph_;
   std::shared_ptr<Program> program_;
   std::vector<const FusedAttention*> attentions_;
+  std::vector<const FusedMamba*> mambas_;
 };
 
 }  // namespace
 
 std::unique_ptr<CausalModel> fuse(std::unique_ptr<CausalModel> graph, FusedParts parts) {
-  auto program = Fuser(graph->description(), parts).build();
+  auto program = make_program(graph->description(), parts);
   if (program == nullptr) return graph;
   return std::make_unique<FusedModel>(std::move(graph), std::move(program));
 }

@@ -14,12 +14,12 @@ class Mamba2Block final : public Mixer {
       : op_(op),
         in_(store.map({at + op.at + ".in_proj"})),
         out_(store.map({at + op.at + ".out_proj"})),
-        conv_(store.take(at + op.at + ".conv1d.weight")),
-        dt_bias_(store.take(at + op.at + ".dt_bias")),
-        a_log_(store.take(at + op.at + ".A_log")),
-        d_(store.take(at + op.at + ".D")),
-        norm_(store.take(at + op.at + ".norm.weight")) {
-    if (op.conv_bias) conv_bias_ = store.take(at + op.at + ".conv1d.bias");
+        conv_(store.vector(at + op.at + ".conv1d.weight")),
+        dt_bias_(store.vector(at + op.at + ".dt_bias")),
+        a_log_(store.vector(at + op.at + ".A_log")),
+        d_(store.vector(at + op.at + ".D")),
+        norm_(store.vector(at + op.at + ".norm.weight")) {
+    if (op.conv_bias) conv_bias_ = store.vector(at + op.at + ".conv1d.bias");
   }
 
  protected:

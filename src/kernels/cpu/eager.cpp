@@ -59,9 +59,46 @@ class Form {
   bool quantized_ = false;
 };
 
+/** Rows of activations in another order, some of them several times. */
+class GatheredForm {
+ public:
+  /** Row i is row order[i] / top_k of `from`. */
+  void gather(const Activations& from, const std::vector<int>& order, int top_k) {
+    a_ = from;
+    const int rows = static_cast<int>(order.size()), wide = from.digits == nullptr ? from.k : 0;
+    const int64_t digits = from.digits == nullptr ? 0 : from.digit_count * int64_t(from.k), groups = from.groups;
+    float *x = x_.get(int64_t(rows) * wide), *sums = sums_.get(rows * groups), *steps = steps_.get(rows * groups);
+    if (static_cast<int64_t>(digits_.size()) < rows * digits) digits_.resize(rows * digits + 64);
+    const int chunks = std::min(rows, compute_pool().threads() * 4);
+    in_parallel(chunks, [&](int chunk) {
+      for (int64_t i = int64_t(rows) * chunk / chunks; i < int64_t(rows) * (chunk + 1) / chunks; ++i) {
+        const int64_t row = order[i] / top_k;
+        std::memcpy(x + i * wide, from.x + row * wide, wide * sizeof(float));
+        if (groups > 0) std::memcpy(sums + i * groups, from.sums + row * groups, groups * sizeof(float));
+        if (digits == 0) continue;
+        std::memcpy(digits_.data() + i * digits, from.digits + row * digits, digits);
+        std::memcpy(steps + i * groups, from.steps + row * groups, groups * sizeof(float));
+      }
+    });
+    if (wide > 0) a_.x = x;
+    if (groups > 0) a_.sums = a_.digit_sums = sums;
+    if (digits > 0) {
+      a_.digits = digits_.data();
+      a_.steps = steps;
+    }
+  }
+  const Activations& view() const { return a_; }
+
+ private:
+  Activations a_;
+  FloatBuffer x_, sums_, steps_;
+  std::vector<int8_t> digits_;
+};
+
 struct Scratch {
   FloatBuffer x;
   Form form;
+  GatheredForm gathered;
 };
 
 Scratch& shared_scratch() {
@@ -114,6 +151,42 @@ void multiply(const PackedMatrix& w, const Activations& a, int m, const float* b
   });
 }
 
+std::vector<int> by_expert(const int* experts, int total) {
+  std::vector<int> order(total);
+  for (int i = 0; i < total; ++i) order[i] = i;
+  std::ranges::stable_sort(order, {}, [&](int i) { return experts[i]; });
+  return order;
+}
+
+/** Rows of `a` in order of their experts, each expert's weights read once for 64 of them; results go to out[order[i]]. `one_row`: all use row 0. */
+void multiply_experts(const PackedMatrix& w, const Activations& a, const std::vector<int>& order, const int* experts, bool one_row, float* out,
+                      int64_t ld_out) {
+  constexpr int m_block = 64;
+  struct Run {
+    int expert, first, count;
+  };
+  std::vector<Run> runs;
+  for (int i = 0; i < static_cast<int>(order.size()); ++i) {
+    const int expert = std::clamp(experts[order[i]], 0, w.matrices - 1);
+    const bool more = !one_row && !runs.empty() && runs.back().expert == expert && runs.back().count < m_block;
+    if (more) ++runs.back().count;
+    else runs.push_back({expert, i, 1});
+  }
+  const int panels = w.panel_count(), threads = compute_pool().threads(), count = static_cast<int>(runs.size());
+  const int pieces = std::clamp(threads * 6 / count, 1, panels), grain = std::max(1, std::min((panels + pieces - 1) / pieces, count > 1 && order.size() > 64 ? 8 : panels));
+  const int chunks = (panels + grain - 1) / grain;
+  in_parallel(chunks * count, [&](int task) {
+    const auto& run = runs[task / chunks];
+    const int from = task % chunks * grain;
+    alignas(64) float c[m_block * 16];
+    for (int index = from; index < std::min(panels, from + grain); ++index) {
+      multiply_block16(w, run.expert, index, a, one_row ? 0 : run.first, run.count, c);
+      const int at = index * 16, width = std::min(16, w.rows - at);
+      for (int i = 0; i < run.count; ++i) std::memcpy(out + order[run.first + i] * ld_out + at, c + i * 16, width * sizeof(float));
+    }
+  });
+}
+
 }  // namespace
 
 void in_parallel(int chunks, const std::function<void(int)>& body) {
@@ -137,25 +210,25 @@ void eager_map(const EagerMap& map, int m, const RowSource& source, bool exact, 
 void eager_gather(const EagerMap& map, int m, int top_k, const int* experts, bool per_choice, const RowSource& source, bool exact,
                   float* out, int64_t ld_out) {
   auto& s = shared_scratch();
-  std::vector<int> order(m * top_k);
-  for (int i = 0; i < m * top_k; ++i) order[i] = i;
-  std::ranges::stable_sort(order, {}, [&](int i) { return experts[i]; });
+  const int total = m * top_k;
+  const auto order = by_expert(experts, total);
+  // A single token's choices are all its own row; of several tokens, each expert's rows are brought together.
+  const RowSource sorted = [&](int i, float* to) { source(order[i], to); };
   int first = 0;
   const PackedMatrix* prepared = nullptr;
   for (const auto& part : map.parts) {
     const auto& w = *part.matrix;
-    if (prepared == nullptr || !Form::same(*prepared, w))
-      prepare(s, per_choice ? m * top_k : m, w, exact, prepared == nullptr ? &source : nullptr);
-    prepared = &w;
-    const int panels = w.panel_count();
-    in_parallel(panels, [&](int index) {
-      alignas(64) float c[16];
-      const int at = index * 16, width = std::min(16, w.rows - at);
-      for (const int i : order) {
-        multiply_block16(w, std::clamp(experts[i], 0, w.matrices - 1), index, s.form.view(), per_choice ? i : i / top_k, 1, c);
-        std::memcpy(out + i * ld_out + first + at, c, width * sizeof(float));
+    if (prepared == nullptr || !Form::same(*prepared, w)) {
+      if (per_choice) {
+        prepare(s, total, w, exact, prepared == nullptr ? &sorted : nullptr);
+      } else {
+        prepare(s, m, w, exact, prepared == nullptr ? &source : nullptr);
+        if (m > 1) s.gathered.gather(s.form.view(), order, top_k);
       }
-    });
+    }
+    prepared = &w;
+    const auto& a = per_choice || m == 1 ? s.form.view() : s.gathered.view();
+    multiply_experts(w, a, order, experts, !per_choice && m == 1, out + first, ld_out);
     first += w.rows;
   }
 }

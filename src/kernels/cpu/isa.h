@@ -83,6 +83,17 @@ struct QuantizedSpan {
   int bits = 0, group = 0, dims = 0;
 };
 
+/** Tokens of one head of a state space: state [dims][width] = decay * state + step * x (x) b; y = state c + skip * x. */
+struct ScanHead {
+  const float *x = nullptr, *b = nullptr, *c = nullptr;   // rows of tokens: [dims], [width], [width]
+  const float *decay = nullptr, *step = nullptr;          // one a token
+  int64_t x_stride = 0, bc_stride = 0, step_stride = 0, y_stride = 0;
+  const float* from = nullptr;  // null = zeros; may be `state`
+  float *state = nullptr, *y = nullptr;
+  float skip = 0.f;
+  int tokens = 0, dims = 0, width = 0;
+};
+
 struct Isa {
   const char* name;
   bool uses_digits;
@@ -108,6 +119,12 @@ struct Isa {
   void (*rms_norm)(const float* x, const float* weight, float eps, int dims, float* out);  // weight may be null
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);         // up may be null
   void (*gelu_tanh_mul)(const float* gate, const float* up, float* out, int64_t count);
+  float (*row_max)(const float* x, int64_t count);
+  /** out = exp(x - shift), 0 where that is below the normal numbers; returns their sum. */
+  float (*exps)(const float* x, float shift, int64_t count, float* out);
+  void (*scan)(const ScanHead& s);
+  /** out[c] = bias[c] + sum of rows[t][c] * weight[t][c] for c in [from, to); weight [taps][channels], bias may be null. */
+  void (*convolve)(const float* const* rows, const float* weight, const float* bias, int taps, int64_t from, int64_t to, int64_t channels, float* out);
 };
 
 const Isa& isa_generic();

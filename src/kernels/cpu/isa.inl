@@ -126,14 +126,25 @@ inline F load_some(const void* p, Storage s, int64_t i, int count) {
   return load(t);
 }
 
+/** Lanes with those 8, 4, 2 or 1 further. */
+inline F swap8(F v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline F swap4(F v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11); }
+inline F swap2(F v) { return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13); }
+inline F swap1(F v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14); }
+
 /** The sum in one fixed order. */
 inline float sum(F v) {
-  float t[16];
-  memcpy(t, &v, sizeof v);
-  for (int w = 8; w > 0; w /= 2) {
-    for (int l = 0; l < w; ++l) t[l] += t[l + w];
-  }
-  return t[0];
+  v += swap8(v);
+  v += swap4(v);
+  v += swap2(v);
+  return v[0] + v[1];
+}
+
+inline float max_lane(F v) {
+  v = vmax(v, swap8(v));
+  v = vmax(v, swap4(v));
+  v = vmax(v, swap2(v));
+  return vmax(v, swap1(v))[0];
 }
 
 inline F vexp(F x) {
@@ -339,6 +350,7 @@ void attention_kernel(const AttentionTile& t) {
 }
 
 #include "kernels/cpu/isa_attention.inl"
+#include "kernels/cpu/isa_scan.inl"
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -432,12 +444,15 @@ void gelu_tanh_mul_kernel(const float* gate, const float* up, float* out, int64_
   });
 }
 
+#include "kernels/cpu/isa_sampling.inl"
+
 }  // namespace
 
 const Isa& MLXLM_ISA_FUNCTION() {
   static constexpr Isa table = {MLXLM_ISA_NAME,   has_digits,           panel_kernel,    make_digits_kernel, group_sums_kernel, dense_kernel,
                                 attention_kernel, attention_block_kernel, merge_rows_kernel, rope_kernel, add_scaled_kernel, dequantize_kernel, load_kernel,
-                                store_kernel,     rms_norm_kernel,  silu_mul_kernel, gelu_tanh_mul_kernel};
+                                store_kernel,     rms_norm_kernel,  silu_mul_kernel, gelu_tanh_mul_kernel,
+                                row_max_kernel,   exps_kernel,      scan_kernel,     convolve_kernel};
   return table;
 }
 

@@ -57,4 +57,11 @@ inline mx::array make_kernel(const char* name, mx::Shape shape, mx::Dtype dtype,
   return mx::array(std::move(shape), dtype, std::make_shared<FunctionPrimitive>(stream, name, std::move(body), share_first), std::move(inputs));
 }
 
+/** The same with several outputs. */
+inline std::vector<mx::array> make_kernels(const char* name, std::vector<mx::Shape> shapes, const std::vector<mx::Dtype>& dtypes,
+                                           const std::vector<mx::array>& inputs, Body body) {
+  const auto stream = mx::default_stream(mx::Device::cpu);
+  return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<FunctionPrimitive>(stream, name, std::move(body)), inputs);
+}
+
 }  // namespace mlxlm::kernels::cpu

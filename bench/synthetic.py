@@ -1,0 +1,306 @@
+"""Writes a model of a real shape with random weights, to measure with: a folder for mlx-lm (safetensors, 4 bits), or the same shape as GGUF for
+llama.cpp (Q4_0). Needs numpy, and the gguf package for --gguf.
+
+    python3 bench/synthetic.py qwen3_moe /tmp/qwen3_moe [--group 64] [--set num_hidden_layers=4]
+    python3 bench/synthetic.py qwen3_moe /tmp/qwen3_moe.gguf --gguf
+"""
+import argparse
+import json
+import math
+import pathlib
+import struct
+
+import numpy as np
+
+ROPE = {"rope_theta": 10000.0, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
+SHAPES = {
+    "llama_1b": {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True, **ROPE},
+    "llama_3b": {"model_type": "llama", "hidden_size": 3072, "num_hidden_layers": 28, "intermediate_size": 8192, "num_attention_heads": 24,
+                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": True, **ROPE},
+    "qwen3_moe": {"model_type": "qwen3_moe", "hidden_size": 1024, "num_hidden_layers": 12, "intermediate_size": 2048, "moe_intermediate_size": 512,
+                  "num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+                  "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32768, "tie_word_embeddings": False, **ROPE},
+    "nemotron_h": {"model_type": "nemotron_h", "hidden_size": 1024, "num_hidden_layers": 16, "hybrid_override_pattern": "M-M-M*-M-M-M*-M-",
+                   "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "attention_bias": False,
+                   "mamba_num_heads": 32, "mamba_head_dim": 64, "mamba_proj_bias": False, "ssm_state_size": 128, "conv_kernel": 4, "n_groups": 8,
+                   "mlp_bias": False, "layer_norm_epsilon": 1e-5, "use_bias": False, "use_conv_bias": True, "vocab_size": 32768,
+                   "tie_word_embeddings": False, **ROPE},
+    "deepseek_v3": {"model_type": "deepseek_v3", "hidden_size": 1024, "num_hidden_layers": 12, "intermediate_size": 3072,
+                    "moe_intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 32,
+                    "n_shared_experts": 1, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+                    "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "first_k_dense_replace": 1, "moe_layer_freq": 1,
+                    "q_lora_rank": 512, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+                    "attention_bias": False, "vocab_size": 32768, "tie_word_embeddings": False, "num_nextn_predict_layers": 0, **ROPE},
+}
+
+
+def matrices(c):
+    """(mlx name, GGUF name, kind, shape) of each tensor; kinds: matrix, vector (f32 in GGUF), router, plain (never quantized)."""
+    w, family = c["hidden_size"], c["model_type"]
+    root = "backbone" if family == "nemotron_h" else "model"
+    yield f"{root}.{'embeddings' if family == 'nemotron_h' else 'embed_tokens'}", "token_embd", "matrix", (c["vocab_size"], w)
+    for i in range(c["num_hidden_layers"]):
+        yield from LAYERS[family](c, i, f"{root}.layers.{i}.", f"blk.{i}.")
+    yield f"{root}.{'norm_f' if family == 'nemotron_h' else 'norm'}", "output_norm", "vector", (w,)
+    if not c["tie_word_embeddings"]:
+        yield "lm_head", "output", "matrix", (c["vocab_size"], w)
+
+
+def attention(c, at, to, prefix="self_attn."):
+    w, d = c["hidden_size"], c["head_dim"]
+    q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
+    yield at + prefix + "q_proj", to + "attn_q", "matrix", (q, w)
+    yield at + prefix + "k_proj", to + "attn_k", "matrix", (kv, w)
+    yield at + prefix + "v_proj", to + "attn_v", "matrix", (kv, w)
+    yield at + prefix + "o_proj", to + "attn_output", "matrix", (w, q)
+    if c["model_type"] == "qwen3_moe":
+        yield at + prefix + "q_norm", to + "attn_q_norm", "vector", (d,)
+        yield at + prefix + "k_norm", to + "attn_k_norm", "vector", (d,)
+
+
+def norms(c, at, to):
+    yield at + "input_layernorm", to + "attn_norm", "vector", (c["hidden_size"],)
+    yield at + "post_attention_layernorm", to + "ffn_norm", "vector", (c["hidden_size"],)
+
+
+def glu(at, to, w, hidden, suffix=""):
+    yield at + "gate_proj", to + "ffn_gate" + suffix, "matrix", (hidden, w)
+    yield at + "up_proj", to + "ffn_up" + suffix, "matrix", (hidden, w)
+    yield at + "down_proj", to + "ffn_down" + suffix, "matrix", (w, hidden)
+
+
+def experts(c, at, to, count):
+    w, hidden = c["hidden_size"], c["moe_intermediate_size"]
+    for mlx, gguf, shape in (("gate_proj", "gate", (hidden, w)), ("up_proj", "up", (hidden, w)), ("down_proj", "down", (w, hidden))):
+        yield f"{at}mlp.switch_mlp.{mlx}", f"{to}ffn_{gguf}_exps", "matrix", (count, *shape)
+
+
+def llama_layer(c, i, at, to):
+    yield from norms(c, at, to)
+    yield from attention(c, at, to)
+    yield from glu(at + "mlp.", to, c["hidden_size"], c["intermediate_size"])
+
+
+def qwen3_moe_layer(c, i, at, to):
+    yield from norms(c, at, to)
+    yield from attention(c, at, to)
+    yield at + "mlp.gate", to + "ffn_gate_inp", "router", (c["num_experts"], c["hidden_size"])
+    yield from experts(c, at, to, c["num_experts"])
+
+
+def nemotron_h_layer(c, i, at, to):
+    w, kind = c["hidden_size"], c["hybrid_override_pattern"][i]
+    yield at + "norm", to + "attn_norm", "vector", (w,)
+    if kind == "*":
+        yield from attention(c, at, to, "mixer.")
+    elif kind == "-":
+        yield at + "mixer.up_proj", to + "ffn_up", "matrix", (c["intermediate_size"], w)
+        yield at + "mixer.down_proj", to + "ffn_down", "matrix", (w, c["intermediate_size"])
+    else:
+        inner, heads = c["mamba_num_heads"] * c["mamba_head_dim"], c["mamba_num_heads"]
+        channels = inner + 2 * c["n_groups"] * c["ssm_state_size"]
+        yield at + "mixer.in_proj", to + "ssm_in", "matrix", (inner + channels + heads, w)
+        yield at + "mixer.conv1d", to + "ssm_conv1d", "plain", (channels, c["conv_kernel"], 1)
+        yield at + "mixer.conv1d.bias", to + "ssm_conv1d.bias", "vector", (channels,)
+        yield at + "mixer.dt_bias", to + "ssm_dt.bias", "vector", (heads,)
+        yield at + "mixer.A_log", to + "ssm_a", "vector", (heads,)
+        yield at + "mixer.D", to + "ssm_d", "vector", (heads,)
+        yield at + "mixer.norm", to + "ssm_norm", "vector", (inner,)
+        yield at + "mixer.out_proj", to + "ssm_out", "matrix", (w, inner)
+
+
+def deepseek_v3_layer(c, i, at, to):
+    w, heads, prefix = c["hidden_size"], c["num_attention_heads"], at + "self_attn."
+    nope, rope, latent, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["kv_lora_rank"], c["v_head_dim"]
+    yield from norms(c, at, to)
+    yield prefix + "q_a_proj", to + "attn_q_a", "matrix", (c["q_lora_rank"], w)
+    yield prefix + "q_a_layernorm", to + "attn_q_a_norm", "vector", (c["q_lora_rank"],)
+    yield prefix + "q_b_proj", to + "attn_q_b", "matrix", (heads * (nope + rope), c["q_lora_rank"])
+    yield prefix + "kv_a_proj_with_mqa", to + "attn_kv_a_mqa", "matrix", (latent + rope, w)
+    yield prefix + "kv_a_layernorm", to + "attn_kv_a_norm", "vector", (latent,)
+    yield prefix + "embed_q", to + "attn_k_b", "matrix", (heads, latent, nope)
+    yield prefix + "unembed_out", to + "attn_v_b", "matrix", (heads, value, latent)
+    yield prefix + "o_proj", to + "attn_output", "matrix", (w, heads * value)
+    if i < c["first_k_dense_replace"]:
+        yield from glu(at + "mlp.", to, w, c["intermediate_size"])
+        return
+    yield at + "mlp.gate", to + "ffn_gate_inp", "plain", (c["n_routed_experts"], w)
+    yield at + "mlp.gate.e_score_correction_bias", to + "exp_probs_b.bias", "vector", (c["n_routed_experts"],)
+    yield from experts(c, at, to, c["n_routed_experts"])
+    yield from glu(at + "mlp.shared_experts.", to, w, c["moe_intermediate_size"] * c["n_shared_experts"], "_shexp")
+
+
+LAYERS = {"llama": llama_layer, "qwen3_moe": qwen3_moe_layer, "nemotron_h": nemotron_h_layer, "deepseek_v3": deepseek_v3_layer}
+BARE = ("dt_bias", "A_log", "mixer.D", "conv1d.bias", "e_score_correction_bias")  # parameters, not modules with a weight
+
+
+def vector(name, shape, random):
+    if name.endswith("A_log"):
+        return np.log(random.uniform(1, 16, shape))
+    if name.endswith("dt_bias"):
+        return random.uniform(-6, -2, shape)
+    if name.endswith((".bias", "e_score_correction_bias")):
+        return random.normal(0, 0.01, shape)
+    return 1 + random.normal(0, 0.02, shape)
+
+
+class Safetensors:
+    """Tensors one after the other, each made only when it is written."""
+
+    def __init__(self):
+        self.header, self.makers, self.at = {}, [], 0
+
+    def add(self, name, kind, shape, item, make):
+        size = math.prod(shape) * item
+        self.header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [self.at, self.at + size]}
+        self.at += size
+        self.makers.append(make)
+
+    def write(self, path):
+        text = json.dumps(self.header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for make in self.makers:
+                out.write(make().tobytes())
+
+
+def bf16(x):
+    return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def tokenizer():
+    """One token a byte."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters, extra = {}, 0
+    for byte in range(256):
+        letters[chr(byte) if byte in visible else chr(256 + extra)] = byte
+        extra += byte not in visible
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level,
+            "truncation": None, "padding": None,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "vocab": letters, "merges": []}}
+
+
+def write_folder(c, folder, group, bits, random):
+    out, quant = Safetensors(), {"group_size": group, "bits": bits, "mode": "affine"}
+    for name, _, kind, shape in matrices(c):
+        leaf = "" if name.endswith(BARE) else ".weight"
+        if kind in ("vector", "plain"):
+            make = lambda n=name, k=kind, s=shape: bf16(vector(n, s, random) if k == "vector" else random.normal(0, 1 / math.sqrt(s[1]), s))
+            out.add(name + leaf, "BF16", shape, 2, make)
+            continue
+        b, g = (8, 64) if kind == "router" else (bits, group)
+        if kind == "router":
+            quant[name] = {"group_size": g, "bits": b}
+        k, spread = shape[-1], 4 / ((1 << b) * math.sqrt(shape[-1]))  # uniform codes with the spread of 1 / sqrt(k)
+        words, groups = (*shape[:-1], k * b // 32), (*shape[:-1], k // g)
+        scales = lambda s=groups, d=spread: random.uniform(0.8, 1.2, s) * d
+        out.add(name + ".weight", "U32", words, 4, lambda s=words: random.integers(0, 1 << 32, s, np.uint32))
+        out.add(name + ".scales", "BF16", groups, 2, lambda f=scales: bf16(f()))
+        out.add(name + ".biases", "BF16", groups, 2, lambda s=groups, d=spread, m=1 << b: bf16(np.full(s, -d * (m - 1) / 2)))
+    folder.mkdir(parents=True, exist_ok=True)
+    out.write(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**c, "quantization": quant}, indent=1))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer()))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": None}))
+
+
+def gguf_keys(c, writer):
+    writer.add_vocab_size(c["vocab_size"])
+    writer.add_context_length(c["max_position_embeddings"])
+    writer.add_embedding_length(c["hidden_size"])
+    writer.add_block_count(c["num_hidden_layers"])
+    writer.add_layer_norm_rms_eps(c.get("layer_norm_epsilon", c["rms_norm_eps"]))
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_rope_freq_base(c["rope_theta"])
+    writer.add_tokenizer_model("no_vocab")
+    family, d = c["model_type"], c.get("head_dim")
+    if family == "nemotron_h":
+        kinds = c["hybrid_override_pattern"]
+        writer.add_head_count([c["num_attention_heads"] if k == "*" else 0 for k in kinds])
+        writer.add_head_count_kv([c["num_key_value_heads"] if k == "*" else 0 for k in kinds])
+        writer.add_feed_forward_length([c["intermediate_size"] if k == "-" else 0 for k in kinds])
+        writer.add_ssm_conv_kernel(c["conv_kernel"])
+        writer.add_ssm_inner_size(c["mamba_num_heads"] * c["mamba_head_dim"])
+        writer.add_ssm_state_size(c["ssm_state_size"])
+        writer.add_ssm_time_step_rank(c["mamba_num_heads"])
+        writer.add_ssm_group_count(c["n_groups"])
+    else:
+        writer.add_head_count(c["num_attention_heads"])
+        writer.add_head_count_kv(1 if family == "deepseek_v3" else c["num_key_value_heads"])
+        writer.add_feed_forward_length(c["intermediate_size"])
+    if family == "deepseek_v3":
+        writer.add_key_length(c["kv_lora_rank"] + c["qk_rope_head_dim"])
+        writer.add_value_length(c["kv_lora_rank"])
+        writer.add_key_length_mla(c["qk_nope_head_dim"] + c["qk_rope_head_dim"])
+        writer.add_value_length_mla(c["v_head_dim"])
+        writer.add_q_lora_rank(c["q_lora_rank"])
+        writer.add_kv_lora_rank(c["kv_lora_rank"])
+        writer.add_rope_dimension_count(c["qk_rope_head_dim"])
+        writer.add_leading_dense_block_count(c["first_k_dense_replace"])
+        writer.add_expert_shared_count(c["n_shared_experts"])
+        writer.add_expert_weights_scale(c["routed_scaling_factor"])
+        writer.add_expert_weights_norm(c["norm_topk_prob"])
+        writer.add_expert_group_count(c["n_group"])
+        writer.add_expert_group_used_count(c["topk_group"])
+        writer.add_uint32(f"{writer.arch}.expert_gating_func", 2)  # sigmoid
+    else:
+        writer.add_key_length(d)
+        writer.add_value_length(d)
+        writer.add_rope_dimension_count(d)
+    if "moe_intermediate_size" in c:
+        writer.add_expert_count(c.get("num_experts", c.get("n_routed_experts")))
+        writer.add_expert_used_count(c["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(c["moe_intermediate_size"])
+
+
+def write_gguf(c, path, random):
+    import gguf
+    family = {"qwen3_moe": "qwen3moe", "deepseek_v3": "deepseek2"}.get(c["model_type"], c["model_type"])
+    writer = gguf.GGUFWriter(str(path), family)
+    gguf_keys(c, writer)
+    for name, to, kind, shape in matrices(c):
+        to += "" if to.endswith(".bias") or to.endswith(("ssm_a", "ssm_d")) else ".weight"
+        if kind != "matrix":
+            values = vector(name, shape, random) if kind == "vector" else random.normal(0, 1 / math.sqrt(shape[1]), shape)
+            if to.endswith("ssm_a"):
+                values = -np.exp(values)
+            if to.endswith(("ssm_a", "ssm_d")):
+                values = values.reshape(-1, 1)
+            if to.endswith("ssm_norm.weight"):
+                values = values.reshape(c["n_groups"], -1)
+            if to.endswith("ssm_conv1d.weight"):
+                values = values[:, :, 0]
+            writer.add_tensor(to, np.ascontiguousarray(values, np.float32))
+            continue
+        blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // 32, 18), np.uint8)
+        blocks[..., :2] = np.frombuffer(np.float16(4 / (16 * math.sqrt(shape[-1]))).tobytes(), np.uint8)
+        writer.add_tensor(to, blocks.reshape(*shape[:-1], -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--gguf", action="store_true")
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="changes the configuration")
+    a = parser.parse_args()
+    config = {**SHAPES[a.shape], **{k: json.loads(v) for k, v in (s.split("=", 1) for s in a.set)}}
+    random = np.random.default_rng(0)
+    if a.gguf:
+        write_gguf(config, a.out, random)
+    else:
+        write_folder(config, a.out, a.group, a.bits, random)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+// From a description and a graph model's weights to what the fused executor runs.
+#include "model/fused_program.h"
+
+#include <cmath>
+
+#include <mlx/ops.h>
+#include <mlx/transforms.h>
+
+namespace mlxlm::model::fused {
+namespace {
+
+/** Collects what a description needs; `supported` turns false at the first op without kernels. */
+class Fuser {
+ public:
+  Fuser(const arch::Model& model, const FusedParts& parts) : model_(model), parts_(parts) {}
+
+  std::shared_ptr<Program> build() {
+    auto program = std::make_shared<Program>();
+    program_ = program.get();
+    program->width = model_.width;
+    program->vocab = parts_.head->out_dims();
+    program->dtype = parts_.dtype;
+    program->logit_scale = model_.logit_scale;
+    program->logit_softcap = model_.logit_softcap;
+    program->embed_scale = model_.embed_scale;
+    if (model_.embed_scale != 1.f) program->embed_scale = rounded(model_.embed_scale, model_.embed_scale_bf16 ? mx::bfloat16 : parts_.dtype);
+    const auto table = parts_.embed->eager();
+    if (table.parts.size() != 1) return nullptr;
+    program->embedding = table.parts[0].matrix;
+    program->head = parts_.head->eager();
+    if (program->head.parts.empty()) return nullptr;
+    for (std::size_t i = 0; i < model_.layers.size(); ++i) {
+      for (const auto& step : model_.layers[i]) program->steps.push_back(fuse_step(step, static_cast<int>(i)));
+    }
+    program->final_norm = norm(model_.final_norm, model_.root + ".");
+    return supported_ ? program : nullptr;
+  }
+
+ private:
+  static float rounded(float value, mx::Dtype dtype) { return mx::astype(mx::astype(mx::array(value), dtype), mx::float32).item<float>(); }
+
+  FusedNorm norm(const arch::Norm& spec, const std::string& at) {
+    FusedNorm made{.weight = {}, .eps = spec.eps};
+    if (spec.kind != arch::NormKind::rms) supported_ = false;
+    if (!supported_ || spec.weightless) return made;
+    auto weight = mx::contiguous(mx::astype(parts_.made.norms.at(at + spec.at), mx::float32));
+    mx::eval(weight);
+    made.weight.assign(weight.data<float>(), weight.data<float>() + weight.size());
+    if (spec.plus_one) {
+      for (auto& w : made.weight) w += 1.f;
+    }
+    return made;
+  }
+
+  /** A map with an adapter has no parts. */
+  cpu::EagerMap map(const std::string& path) {
+    auto map = parts_.made.maps.at(path)->eager();
+    if (map.parts.empty()) supported_ = false;
+    return map;
+  }
+
+  int rotation(const std::optional<arch::Rope>& rope) {
+    if (!rope) return -1;
+    if (rope->kind == arch::RopeKind::dynamic_ntk) supported_ = false;  // its frequencies depend on the length of the call
+    if (!supported_) return -1;
+    auto frequencies = plan::rope_frequencies(*rope);
+    for (std::size_t i = 0; i < program_->rotations.size(); ++i) {
+      const auto& known = program_->rotations[i];
+      if (known.frequencies == frequencies && known.rope.traditional == rope->traditional && known.rope.input_scale == rope->input_scale) {
+        return static_cast<int>(i);
+      }
+    }
+    program_->rotations.push_back({*rope, std::move(frequencies)});
+    return static_cast<int>(program_->rotations.size()) - 1;
+  }
+
+  FusedStep fuse_step(const arch::Step& step, int layer) {
+    FusedStep made;
+    const std::string at = model_.root + "." + model_.layers_at + "." + std::to_string(layer) + ".";
+    if (step.pre) made.pre = norm(*step.pre, at);
+    if (step.post) made.post = norm(*step.post, at);
+    made.scale = step.scale;
+    for (const auto& op : step.ops) {
+      if (!supported_) break;
+      if (const auto* a = std::get_if<arch::Attention>(&op)) made.ops.push_back(attention(*a, at, layer));
+      else if (const auto* g = std::get_if<arch::Glu>(&op)) made.ops.push_back(glu(*g, at));
+      else if (const auto* m = std::get_if<arch::Mlp>(&op)) made.ops.push_back(mlp(*m, at));
+      else if (const auto* e = std::get_if<arch::Moe>(&op)) made.ops.push_back(experts(*e, at));
+      else if (const auto* s = std::get_if<arch::Mamba2>(&op)) made.ops.push_back(mamba(*s, at, layer));
+      else supported_ = false;
+    }
+    return made;
+  }
+
+  FusedMamba mamba(const arch::Mamba2& op, const std::string& layer_at, int layer) {
+    const std::string at = layer_at + op.at + ".";
+    FusedMamba made{.layer = layer, .spec = op};
+    made.in = map(at + "in_proj");
+    made.out = map(at + "out_proj");
+    const auto conv = vector(at + "conv1d.weight");  // [channels][taps]
+    made.conv.resize(conv.size());
+    const int channels = made.channels();
+    for (int c = 0; c < channels; ++c) {
+      for (int t = 0; t < op.conv; ++t) made.conv[int64_t(t) * channels + c] = conv[int64_t(c) * op.conv + t];
+    }
+    if (op.conv_bias) made.conv_bias = vector(at + "conv1d.bias");
+    made.dt_bias = vector(at + "dt_bias");
+    made.decay = vector(at + "A_log");
+    for (auto& a : made.decay) a = -std::exp(a);
+    made.skip = vector(at + "D");
+    made.norm = vector(at + "norm.weight");
+    return made;
+  }
+
+  std::vector<float> vector(const std::string& path) {
+    auto values = mx::contiguous(mx::astype(parts_.made.vectors.at(path), mx::float32));
+    mx::eval(values);
+    return {values.data<float>(), values.data<float>() + values.size()};
+  }
+
+  FusedExperts experts(const arch::Moe& op, const std::string& layer_at) {
+    const std::string at = layer_at + op.at + ".", stacked = at + op.experts_at + ".", shared = at + op.shared_at + ".";
+    FusedExperts made{.spec = op};
+    made.router = map(at + op.router);
+    if (op.correction_bias) made.correction = vector(at + op.router + ".e_score_correction_bias");
+    made.up = map(stacked + (op.gated ? op.gate : op.up));
+    made.down = map(stacked + op.down);
+    for (const auto* map : {&made.up, &made.down}) {
+      for (const auto& part : map->parts) supported_ = supported_ && part.bias.empty();
+    }
+    if (op.latent > 0) {
+      made.into_latent = map(at + "fc1_latent_proj");
+      made.from_latent = map(at + "fc2_latent_proj");
+    }
+    if (op.shared_hidden > 0) {
+      made.shared_up = map(shared + (op.shared_gated ? "gate_proj" : "up_proj"));
+      made.shared_down = map(shared + "down_proj");
+    }
+    return made;
+  }
+
+  FusedAttention attention(const arch::Attention& op, const std::string& layer_at, int layer) {
+    const std::string at = layer_at + op.at + ".";
+    FusedAttention made;
+    made.layer = layer;
+    made.heads = op.heads;
+    made.kv_heads = op.kv_heads;
+    made.head_dim = made.value_dim = op.head_dim;
+    made.window = op.window.value_or(0);
+    made.scale = op.scale != 0.f ? op.scale : 1.f / std::sqrt(float(op.head_dim));
+    made.softcap = op.softcap;
+    made.norm_full_width = op.norm_full_width;
+    made.rotation = rotation(op.rope);
+    if (op.q_norm) made.q_norm = norm(*op.q_norm, at);
+    if (op.k_norm) made.k_norm = norm(*op.k_norm, at);
+    made.qkv = map(at + (op.fused_qkv.empty() ? op.q : op.fused_qkv));
+    made.o = map(at + op.o);
+    return made;
+  }
+
+  FusedFeedForward glu(const arch::Glu& op, const std::string& layer_at) {
+    const std::string at = layer_at + op.at + ".";
+    return {true, op.act, op.hidden, map(at + (op.fused_gate_up.empty() ? op.gate : op.fused_gate_up)), map(at + op.down)};
+  }
+  FusedFeedForward mlp(const arch::Mlp& op, const std::string& layer_at) {
+    return {false, op.act, op.hidden, map(layer_at + op.at + "." + op.up), map(layer_at + op.at + "." + op.down)};
+  }
+
+  const arch::Model& model_;
+  const FusedParts& parts_;
+  Program* program_ = nullptr;
+  bool supported_ = true;
+};
+
+}  // namespace
+
+std::shared_ptr<Program> make_program(const arch::Model& description, const FusedParts& parts) { return Fuser(description, parts).build(); }
+
+}  // namespace mlxlm::model::fused
