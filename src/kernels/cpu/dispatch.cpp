@@ -32,11 +32,19 @@ const Isa& isa() {
 namespace {
 Precision wanted_precision = Precision::standard;
 }
-void set_precision(Precision precision) { wanted_precision = precision; }
-Precision precision() { return wanted_precision; }
+void set_precision(Precision precision) {
+  wanted_precision = precision;
+}
+Precision precision() {
+  return wanted_precision;
+}
 
-std::string isa_name() { return isa().name; }
+std::string isa_name() {
+  return isa().name;
+}
 
-bool active() { return mx::default_device() == mx::Device::cpu; }
+bool active() {
+  return mx::default_device() == mx::Device::cpu;
+}
 
 }  // namespace mlxlm::kernels::cpu

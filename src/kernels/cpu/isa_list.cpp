@@ -39,8 +39,8 @@ std::vector<std::pair<const char*, const Isa& (*)()>> isas_here() {
   std::vector<std::pair<const char*, const Isa& (*)()>> isas;
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   if (avx512) isas.emplace_back("avx512", isa_avx512);
   if (avx2) isas.emplace_back("avx2", isa_avx2);
 #elif defined(__aarch64__)

@@ -45,8 +45,8 @@ struct Prepared {
         rows.load(i, xi);
         if (!quantized) continue;
         if (use_digits) {
-          isa().make_digits(xi, k, w.panels.group, w.panels.digit_form(), a.digit_count, digits.data() + a.digit_count * i * k, steps.data() + i * a.groups,
-                            sums.data() + i * a.groups);
+          isa().make_digits(xi, k, w.panels.group, w.panels.digit_form(), a.digit_count, digits.data() + a.digit_count * i * k,
+                            steps.data() + i * a.groups, sums.data() + i * a.groups);
         } else {
           isa().group_sums(xi, k, w.panels.group, sums.data() + i * a.groups);
         }
@@ -177,7 +177,8 @@ mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::option
     storage_of(bias->dtype());
     inputs.push_back(*bias);
   }
-  return make_kernel("Matmul", std::move(shape), x.dtype(), std::move(inputs), [w](const auto& in, auto& out) { run_matmul(in, out[0], *w); });
+  return make_kernel("Matmul", std::move(shape), x.dtype(), std::move(inputs),
+                     [w](const auto& in, auto& out) { run_matmul(in, out[0], *w); });
 }
 
 mx::array gather_matmul(const mx::array& x, const PackedMatrixPtr& w, const mx::array& indices, bool per_expert_input,
@@ -186,7 +187,8 @@ mx::array gather_matmul(const mx::array& x, const PackedMatrixPtr& w, const mx::
   if (bias) throw Error(Code::unsupported, "gather_matmul", "a bias of stacked experts");
   storage_of(x.dtype());
   auto shape = indices.shape();
-  const auto rows = x.size() / w->k, wanted = per_expert_input || shape.empty() ? indices.size() : indices.size() / std::max(1, shape.back());
+  const auto rows = x.size() / w->k,
+             wanted = per_expert_input || shape.empty() ? indices.size() : indices.size() / std::max(1, shape.back());
   if (rows != wanted) throw Error(Code::internal, "gather_matmul", "x and indices are of different tokens");
   shape.push_back(w->rows);
   return make_kernel("GatherMatmul", std::move(shape), x.dtype(), {x, mx::astype(indices, mx::int32)},
