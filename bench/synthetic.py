@@ -220,7 +220,7 @@ def gguf_keys(c, writer):
     family, d = c["model_type"], c.get("head_dim")
     if family == "nemotron_h":
         kinds = c["hybrid_override_pattern"]
-        writer.add_head_count([c["num_attention_heads"] if k == "*" else 0 for k in kinds])
+        writer.add_head_count(c["num_attention_heads"])
         writer.add_head_count_kv([c["num_key_value_heads"] if k == "*" else 0 for k in kinds])
         writer.add_feed_forward_length([c["intermediate_size"] if k == "-" else 0 for k in kinds])
         writer.add_ssm_conv_kernel(c["conv_kernel"])

@@ -4,7 +4,9 @@
 #include <algorithm>
 
 #include <fmt/format.h>
+#include <mlx/allocator.h>
 #include <mlx/ops.h>
+#include <mlx/transforms.h>
 
 #include "base/error.h"
 #include "cache/layer_shape.h"
@@ -25,6 +27,12 @@ std::pair<mx::array, mx::array> QuantizedCache::update(const mx::array& k, const
   return {kernels::cpu::dequantize(held.keys), kernels::cpu::dequantize(held.values)};
 }
 
+std::vector<mx::array> QuantizedCache::state() const {
+  auto list = planes_;
+  if (written_) list.push_back(*written_);
+  return list;
+}
+
 int64_t QuantizedCache::bytes() const {
   int64_t total = 0;
   for (const auto& plane : planes_) total += static_cast<int64_t>(plane.nbytes());
@@ -36,12 +44,14 @@ QuantizedCache::Rows QuantizedCache::as_rows(const Planes& p) const {
 }
 
 Planes QuantizedCache::copied_planes() const {
+  settle();
   Planes copied;
   for (const auto& plane : planes_) copied.push_back(deep(plane));
   return copied;
 }
 
 void QuantizedCache::store_planes(Stored& s) const {
+  settle();
   if (planes_.empty()) s.arrays = {{"0", std::nullopt}, {"1", std::nullopt}};
   for (std::size_t i = 0; i < planes_.size(); ++i) s.arrays[fmt::format("{}.{}", i / 3, i % 3)] = planes_[i];
 }
@@ -51,7 +61,41 @@ QuantizedKvCache::QuantizedKvCache(int bits, int group_size, Planes planes, int 
   planes_ = std::move(planes);
 }
 
+QuantizedPlan QuantizedKvCache::plan_quantized(int tokens, const KvShape& shape) {
+  schedule_writes();
+  QuantizedPlan plan{.bits = bits_, .group_size = group_size_};
+  for (auto& plane : planes_) {
+    const auto dtype = plane.dtype() == mx::uint32 ? mx::uint32 : shape.dtype;
+    if (plane.is_available() && plane.dtype() == dtype && plane.flags().row_contiguous && plane.data_size() == plane.size()) continue;
+    plane = mx::contiguous(mx::astype(plane, dtype));
+    mx::eval(plane);
+  }
+  const int end = offset_ + tokens, held = planes_.empty() ? 0 : planes_[0].shape(2);
+  if (end > held) {
+    const int wanted = std::max(end, held + held / 2), room = (wanted + block_tokens - 1) / block_tokens * block_tokens;
+    for (const int dims : {shape.key_dims, shape.value_dims}) {
+      for (int part = 0; part < 3; ++part) {
+        const auto dtype = part == 0 ? mx::uint32 : shape.dtype;
+        const int width = part == 0 ? dims * bits_ / 32 : dims / group_size_;
+        const auto bytes = std::size_t(shape.kv_heads) * room * width * mx::size_of(dtype);
+        plan.planes.push_back(mx::array(mx::allocator::malloc(bytes), {1, shape.kv_heads, room, width}, dtype));
+      }
+    }
+    if (offset_ > 0) {
+      plan.old_planes = planes_;
+      plan.copies = {{0, 0, offset_}};
+    }
+    planes_ = plan.planes;
+  } else {
+    plan.planes = planes_;
+  }
+  plan.write_at = offset_;
+  plan.visible_rows = offset_ = end;
+  return plan;
+}
+
 QuantizedCache::Rows QuantizedKvCache::update_quantized(const mx::array& k, const mx::array& v) {
+  settle();
   const auto fresh = quantize_rows(k, v, bits_, group_size_);
   const int end = offset_ + k.shape(2);
   const bool first = planes_.empty();

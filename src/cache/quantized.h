@@ -19,7 +19,7 @@ class QuantizedCache : public AttentionCache {
   /** As update(), for attention that reads quantized rows. */
   virtual Rows update_quantized(const mx::array& k, const mx::array& v) = 0;
   std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) final;
-  std::vector<mx::array> state() const final { return planes_; }
+  std::vector<mx::array> state() const final;
   int64_t bytes() const final;
   int bits() const { return bits_; }
   int group_size() const { return group_size_; }
@@ -32,12 +32,21 @@ class QuantizedCache : public AttentionCache {
   int bits_, group_size_;
 };
 
+/** As WritePlan, for the six planes. */
+struct QuantizedPlan {
+  Planes planes{}, old_planes{};
+  std::vector<WritePlan::Copy> copies{};
+  int write_at = 0, visible_rows = 0, bits = 0, group_size = 0;
+};
+
 /** Keeps everything. */
 class QuantizedKvCache final : public QuantizedCache {
  public:
   /** `planes` (the cache's own) hold `offset` tokens or more; empty = nothing yet. */
   QuantizedKvCache(int bits, int group_size, Planes planes = {}, int offset = 0);
   Rows update_quantized(const mx::array& k, const mx::array& v) override;
+  /** As plan_write(), for kernels that quantize the new rows themselves. */
+  QuantizedPlan plan_quantized(int tokens, const KvShape& shape);
   int offset() const override { return offset_; }
   bool trimmable() const override { return true; }
   int trim(int n) override;

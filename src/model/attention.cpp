@@ -87,9 +87,8 @@ class MlaBlock final : public Mixer {
     }
     kv_a_ = store.map({path + "kv_a_proj_with_mqa"});
     kv_norm_.emplace(arch::Norm{.eps = op.norm_eps}, store, path + "kv_a_layernorm");
-    embed_q_.emplace(store.linear(path + "embed_q"), store.dtype);
-    unembed_out_.emplace(store.linear(path + "unembed_out"), store.dtype);
-    store.bytes += embed_q_->bytes() + unembed_out_->bytes();
+    embed_q_.emplace(store.heads(path + "embed_q"));
+    unembed_out_.emplace(store.heads(path + "unembed_out"));
     o_ = store.map({path + "o_proj"});
   }
 

@@ -84,6 +84,14 @@ std::shared_ptr<nn::Linear> Store::map(const std::vector<std::string>& paths) {
   return map;
 }
 
+nn::HeadMaps Store::heads(const std::string& path) {
+  auto weights = linear(path);
+  auto map = std::make_shared<nn::Linear>(std::vector<nn::Linear::Weights>{weights});
+  bytes += map->bytes();
+  made.maps[path] = std::move(map);
+  return nn::HeadMaps(std::move(weights), dtype);
+}
+
 NormBlock::NormBlock(arch::Norm spec, Store& store, const std::string& path) : spec_(std::move(spec)) {
   if (!spec_.weightless) {
     weight_ = mx::contiguous(store.take(path + ".weight"));

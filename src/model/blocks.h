@@ -32,6 +32,8 @@ class Store {
   mx::array vector(const std::string& name);
   nn::Linear::Weights linear(const std::string& path);
   std::shared_ptr<nn::Linear> map(const std::vector<std::string>& paths);
+  /** A map for each head; in `made` as stacked ones. */
+  nn::HeadMaps heads(const std::string& path);
   /** Maps and norm weights that were handed out, by the path of their first part: the fused executor shares them. */
   struct Made {
     std::map<std::string, std::shared_ptr<nn::Linear>> maps{};

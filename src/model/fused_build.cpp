@@ -86,9 +86,38 @@ class Fuser {
       else if (const auto* g = std::get_if<arch::Glu>(&op)) made.ops.push_back(glu(*g, at));
       else if (const auto* m = std::get_if<arch::Mlp>(&op)) made.ops.push_back(mlp(*m, at));
       else if (const auto* e = std::get_if<arch::Moe>(&op)) made.ops.push_back(experts(*e, at));
+      else if (const auto* l = std::get_if<arch::Mla>(&op)) made.ops.push_back(latent(*l, at, layer));
       else if (const auto* s = std::get_if<arch::Mamba2>(&op)) made.ops.push_back(mamba(*s, at, layer));
       else supported_ = false;
     }
+    return made;
+  }
+
+  FusedLatent latent(const arch::Mla& op, const std::string& layer_at, int layer) {
+    const std::string at = layer_at + op.at + ".";
+    const arch::Norm inner{.eps = op.norm_eps};
+    FusedLatent made{.heads = op.heads, .latent = op.kv_lora, .nope = op.nope_dim, .rope = op.rope_dim, .value = op.v_dim, .scale = op.scale};
+    made.memory.layer = layer;
+    made.memory.kv_heads = 1;
+    made.memory.latent = true;
+    made.memory.head_dim = op.kv_lora;
+    made.memory.value_dim = op.rope_dim;
+    made.memory.rotation = rotation(op.rope);
+    const auto named = [&](const char* name) {
+      auto norm = inner;
+      norm.at = name;
+      return this->norm(norm, at);
+    };
+    if (op.q_lora > 0) {
+      made.q_a = map(at + "q_a_proj");
+      made.q_norm = named("q_a_layernorm");
+    }
+    made.q = map(at + (op.q_lora > 0 ? "q_b_proj" : "q_proj"));
+    made.kv_a = map(at + "kv_a_proj_with_mqa");
+    made.kv_norm = named("kv_a_layernorm");
+    made.embed_q = map(at + "embed_q");
+    made.unembed_out = map(at + "unembed_out");
+    made.o = map(at + "o_proj");
     return made;
   }
 

@@ -37,6 +37,13 @@ void Program::run(const std::vector<mx::array>& in, const std::vector<Sequence>&
   out_ = &out;
   for (const auto& s : sequences) {
     for (const auto& memory : s.layers) {
+      if (memory && memory->quantized && !memory->quantized->copies.empty()) {
+        const auto& q = *memory->quantized;
+        for (std::size_t i = 0; i < q.planes.size(); ++i) {
+          auto plane = q.planes[i];
+          copy_rows(q.old_planes[i], plane, q.copies);
+        }
+      }
       if (!memory || memory->plan.copies.empty()) continue;
       auto plan = memory->plan;
       copy_rows(*plan.old_keys, plan.keys, plan.copies);
@@ -80,12 +87,37 @@ void Program::finish_qkv(const FusedAttention& op, const Sequence& s, const Piec
     cpu::isa().rope(qkv, op.heads + op.kv_heads, op.head_dim, cosines, sines, pairs, r.rope.traditional, r.rope.input_scale);
   }
   const auto& plan = s.layers[op.layer]->plan;
+  if (s.layers[op.layer]->quantized) return store_quantized(op, *s.layers[op.layer], plan.write_at + piece.first + l, qkv + q, qkv + q + kv);
   const auto storage = cpu::storage_of(plan.keys.dtype());
   const int64_t row_bytes = op.head_dim * static_cast<int64_t>(mx::size_of(plan.keys.dtype())), capacity = plan.keys.shape(2);
   for (int h = 0; h < op.kv_heads; ++h) {
     const int64_t at = (h * capacity + plan.write_at + piece.first + l) * row_bytes;
     cpu::isa().store(qkv + q + h * op.head_dim, storage, const_cast<uint8_t*>(plan.keys.data<uint8_t>()) + at, op.head_dim);
     cpu::isa().store(qkv + q + kv + h * op.head_dim, storage, const_cast<uint8_t*>(plan.values.data<uint8_t>()) + at, op.head_dim);
+  }
+}
+
+/** The first row of the first head; the others follow it. */
+static cpu::QuantizedSpan plane_span(const cache::QuantizedPlan& plan, int first) {
+  const auto &packed = plan.planes[first], &scales = plan.planes[first + 1], &biases = plan.planes[first + 2];
+  return {packed.data<uint8_t>(),        scales.data<void>(), biases.data<void>(), cpu::storage_of(scales.dtype()),
+          int64_t(packed.shape(3)) * 4, scales.shape(3),     plan.bits,           plan.group_size,
+          scales.shape(3) * plan.group_size};
+}
+
+/** A token's keys and values of all heads, quantized on the way. */
+void Program::store_quantized(const FusedAttention& op, const Memory& memory, int64_t row, const float* k, const float* v) {
+  const auto& plan = *memory.quantized;
+  for (const int first : {0, 3}) {
+    const auto span = plane_span(plan, first);
+    const int64_t item = span.storage == cpu::Storage::f32 ? 4 : 2, capacity = plan.planes[0].shape(2);
+    const float* from = first == 0 ? k : v;
+    for (int h = 0; h < op.kv_heads; ++h) {
+      const int64_t at = h * capacity + row, scale_at = at * span.scale_stride * item;
+      const auto in_plane = [&](const void* plane) { return const_cast<uint8_t*>(static_cast<const uint8_t*>(plane)) + scale_at; };
+      cpu::quantize_row(from + h * op.head_dim, op.head_dim, span.bits, span.group, span.storage, const_cast<uint8_t*>(span.packed) + at * span.packed_stride,
+                        in_plane(span.scales), in_plane(span.biases));
+    }
   }
 }
 
@@ -96,6 +128,8 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
   std::vector<const Piece*> piece_of(rows);
   std::vector<int> first_row(chunk.pieces.size());
   std::vector<cpu::EagerAttention> parts;
+  std::vector<cpu::QuantizedSpan> spans;  // pointed at
+  spans.reserve(2 * chunk.pieces.size());
   int at = 0;
   for (std::size_t p = 0; p < chunk.pieces.size(); ++p) {
     const auto& piece = chunk.pieces[p];
@@ -104,12 +138,24 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
     std::fill(piece_of.begin() + at, piece_of.begin() + at + piece.count, &piece);
     first_row[p] = at;
     // One new token sees all that a rotating cache holds; of several, each sees the window before it.
-    parts.push_back({qkv + int64_t(at) * wide, mixed + int64_t(at) * q, wide, q, piece.count, memory.plan.keys.data<void>(),
-                     memory.plan.values.data<void>(), memory.plan.keys.shape(2), memory.plan.visible_rows - tokens + piece.first + 1,
-                     memory.window});
-    for (const auto& part : memory.plan.shared) {
-      parts.back().shared.push_back({part->keys.data<void>(), part->values.data<void>(), part->keys.shape(2), part->rows});
+    cpu::EagerAttention part{qkv + int64_t(at) * wide, mixed + int64_t(at) * q, wide, q, piece.count};
+    if (memory.quantized) {
+      spans.push_back(plane_span(*memory.quantized, 0));
+      spans.push_back(plane_span(*memory.quantized, 3));
+      part.quantized_keys = &spans[spans.size() - 2];
+      part.quantized_values = &spans.back();
+      part.capacity = memory.quantized->planes[0].shape(2);
+    } else {
+      part.keys = memory.plan.keys.data<void>();
+      part.values = memory.plan.values.data<void>();
+      part.capacity = memory.plan.keys.shape(2);
+      for (const auto& shared : memory.plan.shared) {
+        part.shared.push_back({shared->keys.data<void>(), shared->values.data<void>(), shared->keys.shape(2), shared->rows});
+      }
     }
+    part.visible = memory.plan.visible_rows - tokens + piece.first + 1;
+    part.window = memory.window;
+    parts.push_back(part);
     at += piece.count;
   }
   for_rows(rows, wide, [&](int row) {
@@ -117,7 +163,7 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
     const int l = row - first_row[&piece - chunk.pieces.data()];
     finish_qkv(op, sequences[piece.sequence], piece, l, row, qkv + int64_t(row) * wide);
   });
-  const auto storage = cpu::storage_of(sequences[chunk.pieces[0].sequence].layers[op.layer]->plan.keys.dtype());
+  const auto storage = cpu::storage_of(dtype);
   cpu::eager_attention(parts, {op.heads, op.kv_heads, op.head_dim, op.head_dim, op.scale, op.softcap, storage});
   cpu::eager_map(op.o, rows, [&](int row, float* to) { std::memcpy(to, mixed + int64_t(row) * q, q * sizeof(float)); }, exact(), y, width);
 }
@@ -222,7 +268,8 @@ class FusedModel final : public CausalModel {
       if (segment.caches == nullptr || segment.caches->empty()) continue;
       for (const auto* a : attentions_) {
         const auto* held = dynamic_cast<cache::AttentionCache*>((*segment.caches)[a->layer].get());
-        if (held == nullptr || !held->plans_writes()) return false;
+        const bool planned = held != nullptr && (held->plans_writes() || (!a->latent && dynamic_cast<const cache::QuantizedKvCache*>(held) != nullptr));
+        if (!planned) return false;
       }
     }
     return true;
@@ -234,15 +281,25 @@ class FusedModel final : public CausalModel {
       const cache::KvShape shape{a->kv_heads, a->head_dim, a->value_dim, program_->dtype};
       if (segment.caches == nullptr || segment.caches->empty()) {
         cache::KvCache none;
-        s.layers[a->layer] = {none.plan_write(segment.tokens, shape), a->window};
+        s.layers[a->layer] = {none.plan_write(segment.tokens, shape), a->window, {}};
         continue;
       }
       auto& held = static_cast<cache::AttentionCache&>(*(*segment.caches)[a->layer]);
       s.offset = held.offset();
+      if (auto* quantized = dynamic_cast<cache::QuantizedKvCache*>(&held)) {
+        const auto planned = quantized->plan_quantized(segment.tokens, shape);
+        cache::WritePlan where{planned.planes[1], planned.planes[1]};
+        where.write_at = planned.write_at;
+        where.visible_rows = planned.visible_rows;
+        s.layers[a->layer] = {std::move(where), a->window, planned};
+        continue;
+      }
+      // Latents are read as one array.
+      if (auto* full = dynamic_cast<cache::KvCache*>(&held); full != nullptr && a->latent) full->unshare();
       const auto* rotating = dynamic_cast<cache::RotatingKvCache*>(&held);
       int window = a->window;
       if (rotating != nullptr) window = segment.tokens == 1 ? 0 : window > 0 ? window : rotating->max_size();
-      s.layers[a->layer] = {held.plan_write(segment.tokens, shape), window};
+      s.layers[a->layer] = {held.plan_write(segment.tokens, shape), window, {}};
     }
     return s;
   }

@@ -74,9 +74,10 @@ void act_row(arch::Act act, const float* gate, const float* up, float* out, int 
       return;
     case arch::Act::relu2:
       for (int i = 0; i < n; ++i) {
-        const float positive = std::max(gate[i], 0.f);
-        out[i] = positive * positive * (up == nullptr ? 1.f : up[i]);
+        const float positive = gate[i] > 0.f ? gate[i] : 0.f;
+        out[i] = positive * positive;
       }
+      for (int i = 0; i < n && up != nullptr; ++i) out[i] *= up[i];
   }
 }
 

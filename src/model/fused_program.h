@@ -9,6 +9,7 @@
 
 #include "arch/model.h"
 #include "cache/cache.h"
+#include "cache/quantized.h"
 #include "kernels/cpu/eager.h"
 #include "model/fused_model.h"
 
@@ -31,6 +32,7 @@ struct FusedAttention {
   int layer = 0;  // whose cache it uses
   int heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0, window = 0, rotation = -1;
   float scale = 1.f, softcap = 0.f;
+  bool latent = false;  // key and value are the two parts of a latent key
   bool norm_full_width = false;
   std::optional<FusedNorm> q_norm{}, k_norm{};
   cpu::EagerMap qkv{}, o{};
@@ -85,6 +87,7 @@ struct Rotary {
 struct Memory {
   cache::WritePlan plan;
   int window = 0;  // of a rotating cache, for several tokens at once
+  std::optional<cache::QuantizedPlan> quantized{};  // then `plan` says where rows go, and nothing of the memory
 };
 
 /** Where a recurrent layer's state comes from and goes to: positions of the convolution's tail in the step's inputs (-1 = none yet) and outputs; the
@@ -128,7 +131,10 @@ class Program {
   void rotate_tables(const std::vector<Sequence>& sequences, const Chunk& chunk);
   void attention(const FusedAttention& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
   void finish_qkv(const FusedAttention& op, const Sequence& s, const Piece& piece, int l, int row, float* qkv);
+  static void store_quantized(const FusedAttention& op, const Memory& memory, int64_t row, const float* k, const float* v);
   void latent_attention(const FusedLatent& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
+  void finish_latent(const FusedLatent& op, const Sequence& s, int position, int row, float* q, float* kv);
+  void attend_in_latent(const FusedLatent& op, const std::vector<Sequence>& sequences, const Chunk& chunk, const float* q);
   void experts(const FusedExperts& op, const FusedStep& step, int rows, float* y);
   void mamba(const FusedMamba& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
   void convolve(const FusedMamba& op, const float* tail, const float* projected, int64_t stride, int count, float* out, float* new_tail) const;

@@ -196,10 +196,12 @@ int64_t Linear::bytes() const {
   return total;
 }
 
-HeadMaps::HeadMaps(const Linear::Weights& w, mx::Dtype dtype) : weight_(mx::astype(dequantized(w), dtype)) { mx::eval(weight_); }
-
 mx::array HeadMaps::operator()(const mx::array& x, bool transpose) const {
-  return mx::matmul(x, transpose ? mx::swapaxes(weight_, -1, -2) : weight_);
+  if (!weight_) {
+    weight_ = mx::astype(dequantized(source_), dtype_);
+    mx::eval(*weight_);
+  }
+  return mx::matmul(x, transpose ? mx::swapaxes(*weight_, -1, -2) : *weight_);
 }
 
 }  // namespace mlxlm::nn

@@ -70,13 +70,14 @@ class Linear {
 /** One small map a head, as in absorbed latent attention: [H, out, in], kept dense. */
 class HeadMaps {
  public:
-  HeadMaps(const Linear::Weights& w, mx::Dtype dtype);
+  HeadMaps(Linear::Weights w, mx::Dtype dtype) : source_(std::move(w)), dtype_(dtype) {}
   /** x [B, H, L, in] -> [B, H, L, out]; with transpose false, [B, H|1, L, out] -> [B, H, L, in]. */
   mx::array operator()(const mx::array& x, bool transpose) const;
-  int64_t bytes() const { return static_cast<int64_t>(weight_.nbytes()); }
 
  private:
-  mx::array weight_;
+  Linear::Weights source_;
+  mx::Dtype dtype_;
+  mutable std::optional<mx::array> weight_{};  // made at the first use: the fused executor has its own form
 };
 
 mx::array norm(const mx::array& x, const arch::Norm& spec, const std::optional<mx::array>& weight,

@@ -5,6 +5,8 @@
 #include <gtest/gtest.h>
 #include <mlx/ops.h>
 
+#include "base/error.h"
+#include "cache/quantized.h"
 #include "parity_case.h"
 
 namespace mlxlm::tests {
@@ -99,6 +101,34 @@ TEST_P(Invariants, BatchedIsAlone) {
   step({a, {5}, c});
   step({Tokens{5}, {7}, {9}});
   step({Tokens{8}, {1, 2, 3}, {4}});
+}
+
+/** Quantized, plain and no caches beside each other. */
+TEST_P(Invariants, QuantizedBesidePlainIsAlone) {
+  constexpr cache::Quantization wanted{.bits = 8, .group_size = 32};
+  try {
+    cache::check_quantization(model_->description(), wanted);
+  } catch (const Error&) {
+    GTEST_SKIP() << "this cache cannot be quantized";
+  }
+  const auto quantized = [&] {
+    auto caches = fresh();
+    run(part(0, 9), caches);
+    cache::quantize_caches(caches, wanted);
+    return caches;
+  };
+  auto together = quantized(), alone = quantized(), plain = fresh(), plain_alone = fresh();
+  for (const auto& next : {part(9, 30), Tokens{7}}) {
+    Tokens all = next;
+    all.insert(all.end(), next.begin(), next.end());
+    const int count = static_cast<int>(next.size());
+    const auto rows = to_rows(mx::expand_dims(model_->run(mx::flatten(batch_of(all)), {{count, count, &together}, {count, count, &plain}}), 0));
+    const auto first = run(next, alone), second = run(next, plain_alone);
+    for (int i = 0; i < count; ++i) {
+      EXPECT_EQ(rows[i], first[i]);
+      EXPECT_EQ(rows[count + i], second[i]);
+    }
+  }
 }
 
 TEST_P(Invariants, OnlyWantedRowsComeBack) {

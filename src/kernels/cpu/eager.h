@@ -79,6 +79,9 @@ struct AttentionShape {
 };
 void eager_attention(const std::vector<EagerAttention>& sequences, const AttentionShape& shape);
 
+/** One row as mx::quantize lays it out: dims * bits / 8 bytes, and a scale and a bias a group (32, 64 or 128) in `storage`. */
+void quantize_row(const float* x, int dims, int bits, int group, Storage storage, uint8_t* packed, void* scales, void* biases);
+
 /** body(chunk) for chunk in [0, chunks) on the pool. */
 void in_parallel(int chunks, const std::function<void(int)>& body);
 
