@@ -131,10 +131,12 @@ struct Bench {
     std::fflush(stdout);
   }
 
-  /** Requests that begin with the same tokens. */
-  void prefix(bool reuse, int requests, int shared_tokens) {
-    const engine::Limits limits{.max_sequences = 8, .prefix_cache_bytes = reuse ? int64_t{1} << 30 : 0};
+  /** Requests that begin with the same tokens, all at once. `how`: computed (each for itself), copied or shared. */
+  void prefix(const std::string& how, int requests, int shared_tokens) {
+    const bool reuse = how != "computed";
+    const engine::Limits limits{.max_sequences = requests, .prefix_cache_bytes = reuse ? int64_t{4} << 30 : 0};
     gen::ModelRunner runner(model, limits);
+    runner.share_memory(how == "shared");
     engine::Engine engine(runner, limits, now_s);
     const double start = now_s();
     int64_t most = 0;
@@ -154,15 +156,12 @@ struct Bench {
       for (const auto& e : engine.step().events) {
         if (e.chosen && seen.insert(e.id).second) first.push_back(now_s() - start);
       }
-      int64_t held = 0;
-      const auto s = engine.snapshot();
-      for (const auto& q : s.sequences) held += q.held.bytes;
-      most = std::max(most, held + s.stored_bytes);
+      most = std::max(most, runner.held_bytes());
     }
     fmt::print(
-        "{{\"bench\":\"prefix\",\"reuse\":{},\"requests\":{},\"shared_tokens\":{},\"seconds\":{:.2f},\"first_token_s_median\":{:.2f},"
+        "{{\"bench\":\"prefix\",\"prefix\":\"{}\",\"requests\":{},\"shared_tokens\":{},\"seconds\":{:.2f},\"first_token_s_median\":{:.2f},"
         "\"prompt_tokens_run\":{},\"reused_tokens\":{},\"cache_mb_most\":{:.1f},\"threads\":{},\"executor\":\"{}\"}}\n",
-        reuse, requests, shared_tokens, now_s() - start, quantile(first, 0.5), engine.counters().prompt_tokens, engine.counters().reused_tokens,
+        how, requests, shared_tokens, now_s() - start, quantile(first, 0.5), engine.counters().prompt_tokens, engine.counters().reused_tokens,
         static_cast<double>(most) / 1e6, compute_pool().threads(), model.executor());
     std::fflush(stdout);
   }
@@ -190,10 +189,10 @@ int main(int argc, char** argv) {
     if (wanted.contains("chunks")) bench.chunks();
     if (wanted.contains("learned")) bench.admission(0);
     if (wanted.contains("prefix")) {
-      for (const bool reuse : {false, true}) bench.prefix(reuse, 32, 2048);
+      for (const char* how : {"computed", "copied", "shared"}) bench.prefix(how, 32, 2048);
     }
     if (wanted.contains("prefix_small")) {
-      for (const bool reuse : {false, true}) bench.prefix(reuse, 8, 512);
+      for (const char* how : {"computed", "copied", "shared"}) bench.prefix(how, 8, 512);
     }
   } catch (const std::exception& e) {
     fmt::print(stderr, "bench_engine: error: {}\n", e.what());

@@ -42,15 +42,22 @@ cpu::PackedMatrixPtr some_matrix(int rows, int k, int bits, int group) {
     const std::vector<uint16_t> w(int64_t(rows) * k, 0x2E66);
     return cpu::pack_dense({mx::array(reinterpret_cast<const mx::float16_t*>(w.data()), {rows, k})});
   }
+  const bool small_floats = group == 16 || group == 33;
   std::vector<uint32_t> words(int64_t(rows) * k * bits / 32);
   for (std::size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(i * 2654435761u);
+  if (small_floats) {  // mxfp4, mxfp8 or, in groups of 16, nvfp4
+    group = group == 33 ? 32 : group;
+    const std::vector<uint8_t> bytes(int64_t(rows) * k / group, 120);
+    return cpu::pack_float({mx::array(words.data(), {rows, k * bits / 32})}, {mx::array(bytes.data(), {rows, k / group})},
+                           bits == 8 ? "mxfp8" : group == 16 ? "nvfp4" : "mxfp4", bits, group);
+  }
   const std::vector<uint16_t> scales(int64_t(rows) * k / group, 0x2000);
   const mx::Shape shape{rows, k / group};
   const mx::array s(reinterpret_cast<const mx::float16_t*>(scales.data()), shape);
   return cpu::pack_affine({mx::array(words.data(), {rows, k * bits / 32})}, {s}, {s}, bits, group);
 }
 
-/** rows, k, bits, group, m; bits 16 = dense float16. */
+/** rows, k, bits, group, m; bits 16 = dense float16; group 33 = mxfp4 or mxfp8, 16 = nvfp4. */
 void product(benchmark::State& state) {
   const int rows = static_cast<int>(state.range(0)), k = static_cast<int>(state.range(1)), bits = static_cast<int>(state.range(2));
   const int group = static_cast<int>(state.range(3)), m = static_cast<int>(state.range(4));
@@ -74,6 +81,8 @@ void shapes(benchmark::internal::Benchmark* b) {
   b->ArgNames({"rows", "k", "bits", "group", "m"});
   for (const int m : {1, 8, 32, 512}) {
     b->Args({960, 576, 4, 32, m})->Args({3072, 576, 4, 32, m})->Args({576, 1536, 4, 32, m});
+    for (const int bits : {2, 3, 5, 6}) b->Args({8192, 2048, bits, 64, m});
+    b->Args({8192, 2048, 4, 33, m})->Args({8192, 2048, 8, 33, m})->Args({8192, 2048, 4, 16, m});
     b->Args({8192, 2048, 4, 32, m})->Args({8192, 2048, 4, 64, m})->Args({8192, 2048, 8, 32, m})->Args({4096, 2048, 16, 0, m});
   }
 }

@@ -40,6 +40,10 @@ typedef struct MlxlmTokenizer MlxlmTokenizer;
 
 /** From the bytes of a tokenizer.json. Truncation and padding settings in it are ignored. */
 int mlxlm_tokenizer_new(const char* json, size_t json_size, MlxlmTokenizer** out, MlxlmString* error);
+/** The same with the vocabulary and the merges of a byte-pair model beside it, which spares writing and parsing them: `json` has an empty "vocab" and empty
+ *  "merges". token_ends [token_count]: where each token ends in token_text. merges [merge_count][2]: ids of the two parts, best pair first. */
+int mlxlm_tokenizer_new_bpe(const char* json, size_t json_size, const char* token_text, const uint64_t* token_ends, size_t token_count,
+                            const uint32_t* merges, size_t merge_count, MlxlmTokenizer** out, MlxlmString* error);
 void mlxlm_tokenizer_free(MlxlmTokenizer* tokenizer);
 /** Adds a token that is matched whole; one that the vocabulary already has keeps its id. Not thread-safe: only before the handle is shared.
  */
@@ -58,7 +62,7 @@ size_t mlxlm_tokenizer_vocab_size(const MlxlmTokenizer* tokenizer);
 int64_t mlxlm_tokenizer_token_to_id(const MlxlmTokenizer* tokenizer, const char* token, size_t token_size);
 /** 1 and *out, or 0. */
 int mlxlm_tokenizer_id_to_token(const MlxlmTokenizer* tokenizer, uint32_t id, MlxlmString* out);
-/** The whole vocabulary: text of all tokens back to back, `count` = highest id + 1, token i is [offsets[i], offsets[i + 1]).
+/** The whole vocabulary (or only what was added to the model): text of all tokens back to back, `count` = highest id + 1, token i is [offsets[i], offsets[i + 1]).
  *  flags[i]: 1 = exists, 2 = added token, 4 = special. */
 typedef struct {
   char* text;
@@ -67,7 +71,7 @@ typedef struct {
   uint8_t* flags;     // count
   size_t count;
 } MlxlmVocabulary;
-int mlxlm_tokenizer_vocabulary(const MlxlmTokenizer* tokenizer, MlxlmVocabulary* out, MlxlmString* error);
+int mlxlm_tokenizer_vocabulary(const MlxlmTokenizer* tokenizer, int only_added, MlxlmVocabulary* out, MlxlmString* error);
 void mlxlm_vocabulary_free(MlxlmVocabulary vocabulary);
 
 // --- chat templates ----------------------------------------------------------------------------------------------------------------

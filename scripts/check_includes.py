@@ -18,7 +18,7 @@ MAY_INCLUDE = {
     "nn": {"base", "arch", "plan", "kernels"},
     "cache": {"base", "arch", "plan", "weights", "kernels", "nn"},
     "model": {"base", "arch", "plan", "weights", "kernels", "nn", "cache"},
-    "sample": {"base"},
+    "sample": {"base", "kernels"},
     "engine": {"base"},
     "gen": {"base", "arch", "plan", "weights", "kernels", "nn", "cache", "model", "sample", "text", "engine"},
     "api": {"base", "arch", "plan", "weights", "kernels", "nn", "cache", "model", "sample", "text", "engine", "gen", "hub"},

@@ -10,7 +10,8 @@
 
 namespace mlxlm {
 
-/** One prompt with its own options. `prompt` is used as it is: see Model::chat_prompt. prefill_step_size is that of BatchOptions. */
+/** One prompt with its own options. `prompt` is used as it is: see Model::chat_prompt. prefill_step_size is that of BatchOptions; all prompts with a
+ *  draft_model have the same one. */
 struct BatchPrompt {
   std::string prompt;
   GenerateOptions options{};
@@ -23,10 +24,12 @@ struct BatchResult {
   std::string finish_reason;      // "stop", "length", "cancelled"; "error"
   std::string error;              // one line; empty = none
   int prompt_tokens = 0, generation_tokens = 0;
+  int accepted_tokens = 0;        // of generation_tokens: guesses
 };
 
 struct BatchStats {
   int64_t prompt_tokens = 0, generation_tokens = 0, steps = 0;
+  int64_t drafted_tokens = 0, accepted_tokens = 0;  // guesses, and those that were right
   double wall_s = 0, generation_tps = 0, peak_memory_gb = 0;
 };
 
@@ -35,6 +38,7 @@ struct BatchOptions {
   int prefill_step_size = 512;  // prompt tokens processed at a time
   bool want_logprobs = false;
   std::function<void(std::size_t index, const BatchResult&)> on_result{};  // as each ends
+  std::function<bool(std::size_t index, const std::string& text)> on_text{};  // more text of an answer; false ends that answer
   const std::atomic<bool>* cancel = nullptr;                               // may be set by another thread
 };
 

@@ -2,7 +2,11 @@
 #include "mlxlm/mlxlm.h"
 
 #include "api/impl.h"
+#include "base/error.h"
+#include "cache/prompt_file.h"
 #include "gen/generate.h"
+#include "gen/memory.h"
+#include "gen/speculative.h"
 
 namespace mlxlm {
 
@@ -48,6 +52,9 @@ gen::Options to_options(const GenerateOptions& o, const text::Tokenizer& tokeniz
   options.max_kv_size_tokens = o.max_kv_size;
   options.prefill_step_tokens = o.prefill_step_size;
   options.stop = o.stop;
+  options.kv_quantization = {.bits = o.kv_bits, .group_size = o.kv_group_size, .start_tokens = o.quantized_kv_start};
+  options.draft_tokens = o.num_draft_tokens;
+  options.ngram_draft_tokens = o.ngram_draft_tokens;
   return options;
 }
 
@@ -57,6 +64,9 @@ GenerationResponse to_public(const gen::Response& r) {
           .logprob = r.logprob,
           .prompt_tokens = r.prompt_tokens,
           .generation_tokens = r.generation_tokens,
+          .drafted_tokens = r.drafted_tokens,
+          .accepted_tokens = r.accepted_tokens,
+          .from_draft = r.from_draft,
           .prompt_tps = r.prompt_tokens_per_s,
           .generation_tps = r.generation_tokens_per_s,
           .peak_memory_gb = r.peak_memory_gb,
@@ -68,10 +78,52 @@ gen::Response run(Model& model, const std::string& prompt, const GenerateOptions
   auto& session = model.impl().session;
   auto full = to_options(options, session.tokenizer);
   full.want_logprob = want_logprob;
-  return gen::stream_generate(*session.loaded.model, session.tokenizer, encode_prompt(session.tokenizer, prompt), full, on_response);
+  full.draft_model = draft_model_of(options, session);
+  auto* cache = options.prompt_cache != nullptr ? &options.prompt_cache->impl().caches : nullptr;
+  // What a prompt continues has its special tokens already.
+  const bool continues = cache != nullptr && !cache->empty();
+  const auto tokens = continues ? session.tokenizer.encode(prompt, false) : encode_prompt(session.tokenizer, prompt);
+  if (continues) cache::check_prompt_quantization(*cache, options.kv_bits, options.kv_bits > 0 ? options.kv_group_size : 0);
+  return gen::stream_generate(*session.loaded.model, session.tokenizer, tokens, full, on_response, cache);
 }
 
 }  // namespace
+
+model::CausalModel* draft_model_of(const GenerateOptions& options, const Session& session) {
+  if (options.draft_model == nullptr) return nullptr;
+  const auto& draft = options.draft_model->impl().session;
+  gen::check_same_vocabulary(session.tokenizer, draft.tokenizer);
+  return draft.loaded.model.get();
+}
+
+PromptCache::PromptCache() : impl_(std::make_unique<Impl>()) {}
+PromptCache::PromptCache(PromptCache&&) noexcept = default;
+PromptCache& PromptCache::operator=(PromptCache&&) noexcept = default;
+PromptCache::~PromptCache() = default;
+
+PromptCache PromptCache::load(const Model& model, const std::string& file) {
+  std::error_code none;
+  const auto size = std::filesystem::file_size(file, none);
+  if (none) throw Error(Code::not_found, file, "could not be opened");
+  gen::check_available_for(file, static_cast<int64_t>(size));
+  PromptCache made;
+  made.impl_->caches = cache::load_prompt_file(file, model.impl().session.loaded.model->description());
+  return made;
+}
+
+void PromptCache::save(const Model& model, const std::string& file) const {
+  if (impl_->caches.empty()) throw Error(Code::bad_request, "prompt cache", "holds nothing yet, wanted a text to save");
+  cache::save_prompt_file(file, impl_->caches, {{"model", model.impl().session.loaded.path.string()}, {"tokenizer_config", "{}"}});
+}
+
+int PromptCache::tokens() const { return impl_->caches.empty() ? 0 : cache::prompt_tokens(impl_->caches); }
+int PromptCache::trim(int n) { return n > 0 && !impl_->caches.empty() ? cache::trim(impl_->caches, n) : 0; }
+
+PromptCache PromptCache::copy() const {
+  PromptCache made;
+  made.impl_->caches = cache::copy(impl_->caches);
+  return made;
+}
 
 Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Model::Model(Model&&) noexcept = default;

@@ -2,6 +2,7 @@
 #include "mlxlm/batch_generate.h"
 
 #include "api/impl.h"
+#include "base/error.h"
 #include "gen/batch.h"
 
 namespace mlxlm {
@@ -29,7 +30,9 @@ gen::BatchItem to_item(const BatchPrompt& p, const text::Tokenizer& tokenizer, b
                                    .frequency_context_size = o.frequency_context_size,
                                    .want_logprob = want_logprobs},
                       .stop = o.stop,
-                      .max_kv_size_tokens = o.max_kv_size};
+                      .max_kv_size_tokens = o.max_kv_size,
+                      .kv_quantization = {.bits = o.kv_bits, .group_size = o.kv_group_size, .start_tokens = o.quantized_kv_start},
+                      .drafts = {.ngram_tokens = o.ngram_draft_tokens, .model_tokens = o.draft_model != nullptr ? o.num_draft_tokens : 0}};
   if (o.xtc_probability > 0.f) {
     auto& special = item.sampling.xtc_special_tokens;
     special = tokenizer.encode("\n", true);
@@ -49,7 +52,21 @@ BatchResult to_public(const gen::BatchAnswer& a) {
           .finish_reason = reason,
           .error = a.error ? a.error->what() : "",
           .prompt_tokens = a.prompt_tokens,
-          .generation_tokens = a.generation_tokens};
+          .generation_tokens = a.generation_tokens,
+          .accepted_tokens = a.accepted_tokens};
+}
+
+model::CausalModel* draft_model_of_all(const std::vector<BatchPrompt>& prompts, const Session& session) {
+  const Model* found = nullptr;
+  model::CausalModel* model = nullptr;
+  for (const auto& p : prompts) {
+    if (p.options.prompt_cache != nullptr) throw Error(Code::unsupported, "prompt_cache", "wanted none in a batch");
+    if (p.options.draft_model == nullptr || p.options.draft_model == found) continue;
+    if (found != nullptr) throw Error(Code::bad_request, "draft_model", "wanted the same one for all prompts of a batch");
+    found = p.options.draft_model;
+    model = draft_model_of(p.options, session);
+  }
+  return model;
 }
 
 }  // namespace
@@ -60,12 +77,14 @@ std::vector<BatchResult> batch_generate(Model& model, const std::vector<BatchPro
   for (const auto& p : prompts) items.push_back(to_item(p, session.tokenizer, options.want_logprobs));
   gen::BatchRun run{.limits = gen::default_limits(options.max_sequences), .cancel = options.cancel};
   run.limits.prefill_tokens = options.prefill_step_size;
+  run.on_text = options.on_text;
+  run.draft_model = draft_model_of_all(prompts, session);
   if (options.on_result) run.on_answer = [&](std::size_t i, const gen::BatchAnswer& a) { options.on_result(i, to_public(a)); };
   gen::BatchGenerator::Stats measured;
   std::vector<BatchResult> results;
   for (const auto& a : gen::batch_generate(*session.loaded.model, session.tokenizer, items, run, &measured)) results.push_back(to_public(a));
   if (stats) {
-    *stats = {measured.prompt_tokens, measured.generation_tokens, measured.steps, measured.wall_s, measured.generation_tps(),
+    *stats = {measured.prompt_tokens, measured.generation_tokens, measured.steps, measured.drafted_tokens, measured.accepted_tokens, measured.wall_s, measured.generation_tps(),
               measured.peak_memory_gb};
   }
   return results;

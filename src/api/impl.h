@@ -2,6 +2,7 @@
 #pragma once
 
 #include "api/session.h"
+#include "cache/cache.h"
 #include "mlxlm/mlxlm.h"
 
 namespace mlxlm {
@@ -9,5 +10,12 @@ namespace mlxlm {
 struct Model::Impl {
   Session session;
 };
+
+struct PromptCache::Impl {
+  cache::Caches caches;  // empty = of nothing
+};
+
+/** The draft model of the options, or null. Throws Error(bad_request) when its tokens are others. */
+model::CausalModel* draft_model_of(const GenerateOptions& options, const Session& session);
 
 }  // namespace mlxlm

@@ -1,6 +1,8 @@
 // Puts hub, model and text together.
 #include "api/session.h"
 
+#include <future>
+
 #include "hub/default_model.h"
 
 namespace mlxlm {
@@ -9,14 +11,18 @@ std::filesystem::path resolve_model(const std::string& path_or_repo, const hub::
   return path_or_repo.empty() ? hub::resolve_default(options) : hub::resolve(path_or_repo, options);
 }
 
-text::Tokenizer open_tokenizer(const std::filesystem::path& path, const json& config, const json& gguf_metadata) {
-  return gguf_metadata.is_null() ? text::Tokenizer::from_folder(path, config) : text::Tokenizer::from_gguf(gguf_metadata, config);
-}
-
 Session open_session(const std::filesystem::path& path, const model::LoadOptions& options) {
-  auto loaded = model::load(path, options);
-  auto tokenizer = open_tokenizer(path, loaded.config, loaded.gguf_metadata);
-  return {std::move(loaded), std::move(tokenizer)};
+  std::future<text::Tokenizer> tokenizer;
+  model::LoadOptions with_tokenizer = options;
+  with_tokenizer.on_config = [&](const json& config, const std::shared_ptr<const json>& gguf_metadata) {
+    tokenizer = std::async(std::launch::async, [path, config, gguf_metadata] {
+      return gguf_metadata ? text::Tokenizer::from_gguf(*gguf_metadata, config) : text::Tokenizer::from_folder(path, config);
+    });
+  };
+  auto loaded = model::load(path, with_tokenizer);
+  auto ready = tokenizer.get();
+  loaded.gguf_metadata.reset();  // a vocabulary as JSON is large, and all of it is in the tokenizer now
+  return {std::move(loaded), std::move(ready)};
 }
 
 std::vector<int> encode_prompt(const text::Tokenizer& tokenizer, const std::string& prompt) {

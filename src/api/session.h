@@ -1,6 +1,7 @@
 // A model with its tokenizer, as commands and the public API open it.
 #pragma once
 
+#include <filesystem>
 #include <string>
 
 #include "hub/hub.h"
@@ -17,9 +18,7 @@ struct Session {
 /** An empty name means the default model. Throws every Error of the rooms below. */
 std::filesystem::path resolve_model(const std::string& path_or_repo, const hub::ResolveOptions& options = {});
 
-/** The tokenizer of a folder or a .gguf file; `config` and `gguf_metadata` as model::load returns them. */
-text::Tokenizer open_tokenizer(const std::filesystem::path& path, const json& config, const json& gguf_metadata);
-
+/** The tokenizer is made on a thread of its own while the weights are read. */
 Session open_session(const std::filesystem::path& path, const model::LoadOptions& options = {});
 
 /** Tokens of a prompt: special tokens are added unless it begins with the text of the bos token. Reference: mlx_lm/generate.py

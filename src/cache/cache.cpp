@@ -2,6 +2,7 @@
 #include "cache/cache.h"
 
 #include <algorithm>
+#include <utility>
 
 #include <mlx/allocator.h>
 #include <mlx/ops.h>
@@ -59,6 +60,12 @@ void AttentionCache::settle() const {
 
 std::pair<mx::array, mx::array> KvCache::update(const mx::array& k, const mx::array& v) {
   settle();
+  unshare();
+  if (would_change_lent_rows()) {
+    keys_ = deep(keys_);
+    values_ = deep(values_);
+    forget_loan();
+  }
   const int end = offset_ + k.shape(2);
   if (keys_ && keys_->dtype() != k.dtype()) keys_ = mx::astype(*keys_, k.dtype());  // from a file of another precision
   if (values_ && values_->dtype() != v.dtype()) values_ = mx::astype(*values_, v.dtype());
@@ -75,55 +82,168 @@ void AttentionCache::schedule_writes() const {
 
 WritePlan KvCache::plan_write(int tokens, const KvShape& shape) {
   schedule_writes();
+  for (const auto& part : shared_) {
+    if (part->keys.dtype() == shape.dtype && part->values.dtype() == shape.dtype) continue;
+    unshare();  // from a file of another precision
+    break;
+  }
   settle_in_memory(keys_, shape.dtype);
   settle_in_memory(values_, shape.dtype);
-  const int end = offset_ + tokens, held = keys_ ? keys_->shape(2) : 0;
+  const int own = own_rows(), end = own + tokens, held = keys_ ? keys_->shape(2) : 0;
   std::optional<WritePlan> plan;
-  if (end <= held) {
+  if (end <= held && !would_change_lent_rows()) {
     plan = WritePlan{*keys_, *values_};
   } else {
-    const int wanted = std::max(end, held + held / 2);
+    const int wanted = end <= held ? held : std::max(end, held + held / 2);
     plan = fresh_plan(shape, (wanted + block_tokens - 1) / block_tokens * block_tokens, keys_, values_);
-    if (offset_ > 0) plan->copies = {{0, 0, offset_}};
+    if (own > 0) plan->copies = {{0, 0, own}};
     keys_ = plan->keys;
     values_ = plan->values;
+    forget_loan();
   }
-  plan->write_at = offset_;
-  plan->visible_rows = offset_ = end;
+  plan->write_at = own;
+  offset_ += tokens;
+  plan->visible_rows = offset_;
+  plan->shared = shared_;
   return *plan;
 }
 
 int KvCache::trim(int n) {
   n = std::clamp(n, 0, offset_);
   offset_ -= n;
+  if (offset_ < shared_rows_) cut_shared();
   return n;
 }
 
+/** Nothing of its own is left: whole blocks stay shared, the rest of a block becomes its own. */
+void KvCache::cut_shared() {
+  settle();
+  keys_.reset();
+  values_.reset();
+  forget_loan();
+  const auto parts = std::exchange(shared_, {});
+  shared_rows_ = 0;
+  for (const auto& part : parts) {
+    const int left = std::min(part->rows, offset_ - shared_rows_);
+    const int whole = left / shared_block_rows * shared_block_rows;
+    if (whole > 0) shared_.push_back(whole == part->rows ? part : std::make_shared<const SharedRows>(SharedRows{part->keys, part->values, whole, part->loan}));
+    shared_rows_ += whole;
+    if (left > whole) {
+      keys_ = deep(rows(part->keys, whole, left));
+      values_ = deep(rows(part->values, whole, left));
+    }
+    if (left < part->rows) break;
+  }
+}
+
+/** All keys and values, [B,K,offset,E] and [B,K,offset,F]; the cache must not be empty. */
+std::pair<mx::array, mx::array> KvCache::joined() const {
+  std::vector<mx::array> keys, values;
+  for (const auto& part : shared_) {
+    keys.push_back(rows(part->keys, 0, part->rows));
+    values.push_back(rows(part->values, 0, part->rows));
+  }
+  if (own_rows() > 0) {
+    keys.push_back(rows(*keys_, 0, own_rows()));
+    values.push_back(rows(*values_, 0, own_rows()));
+  }
+  if (keys.size() == 1) return {keys[0], values[0]};
+  for (auto* list : {&keys, &values}) {
+    for (auto& a : *list) a = mx::astype(a, list->front().dtype());
+  }
+  return {mx::concatenate(keys, 2), mx::concatenate(values, 2)};
+}
+
+void KvCache::unshare() {
+  if (shared_.empty()) return;
+  settle();
+  const auto [keys, values] = joined();
+  keys_ = deep(keys);
+  values_ = deep(values);
+  forget_loan();
+  shared_.clear();
+  shared_rows_ = 0;
+}
+
+/** When the buffers are others than those that were lent. */
+void KvCache::forget_loan() const {
+  loan_.reset();
+  lent_rows_ = 0;
+}
+
 std::vector<mx::array> KvCache::state() const { return both(keys_, values_, written_); }
-int64_t KvCache::bytes() const { return bytes_of(keys_) + bytes_of(values_); }
+
+int64_t KvCache::bytes() const {
+  int64_t total = bytes_of(keys_) + bytes_of(values_);
+  for (const auto& part : shared_) total += static_cast<int64_t>(part->keys.nbytes() + part->values.nbytes());
+  return total;
+}
+
+void KvCache::add_buffers(std::map<const void*, int64_t>& bytes) const {
+  const auto add = [&](const mx::array& a) {
+    const bool in_memory = a.status() == mx::array::Status::available;
+    bytes[in_memory ? a.data<void>() : static_cast<const void*>(this)] = static_cast<int64_t>(a.nbytes());
+  };
+  for (const auto& part : shared_) {
+    add(part->keys);
+    add(part->values);
+  }
+  if (keys_) add(*keys_);
+  if (values_) add(*values_);
+}
+
+std::unique_ptr<Cache> KvCache::separate_copy() const {
+  settle();
+  auto other = std::make_unique<KvCache>();
+  if (offset_ > 0) {
+    const auto [keys, values] = joined();
+    other->keys_ = deep(keys);
+    other->values_ = deep(values);
+  }
+  other->offset_ = offset_;
+  return other;
+}
 
 std::unique_ptr<Cache> KvCache::copy() const {
   settle();
+  const int own = own_rows(), whole = own / shared_block_rows * shared_block_rows;
+  const auto lies_in_memory = [](const std::optional<mx::array>& a) {
+    return a && a->shape(0) == 1 && a->is_available() && a->flags().row_contiguous && a->data_size() == a->size();
+  };
+  if (whole > 0 && !(lies_in_memory(keys_) && lies_in_memory(values_))) return separate_copy();
   auto other = std::make_unique<KvCache>();
-  other->keys_ = deep(keys_);
-  other->values_ = deep(values_);
+  other->shared_ = shared_;
+  other->shared_rows_ = shared_rows_ + whole;
   other->offset_ = offset_;
+  if (whole > 0) {
+    if (!loan_) loan_ = std::make_shared<const int>(0);
+    lent_rows_ = std::max(loan_.use_count() > 1 ? lent_rows_ : 0, whole);
+    other->shared_.push_back(std::make_shared<const SharedRows>(SharedRows{*keys_, *values_, whole, loan_}));
+  }
+  if (own > whole) {
+    other->keys_ = deep(rows(*keys_, whole, own));
+    other->values_ = deep(rows(*values_, whole, own));
+  }
   return other;
 }
 
 std::unique_ptr<AttentionCache> KvCache::quantized(int bits, int group_size) const {
   settle();
   Planes planes;
-  if (keys_ && offset_ > 0) planes = quantize_rows(rows(*keys_, 0, offset_), rows(*values_, 0, offset_), bits, group_size);
+  if (offset_ > 0) {
+    const auto [keys, values] = joined();
+    planes = quantize_rows(keys, values, bits, group_size);
+  }
   return std::make_unique<QuantizedKvCache>(bits, group_size, std::move(planes), offset_);
 }
 
 Stored KvCache::stored() const {
   settle();
   Stored s{.kind = "KVCache", .arrays = {{"0", std::nullopt}, {"1", std::nullopt}}, .numbers = {{"2", offset_}}};
-  if (!keys_) return s;
-  s.arrays["0"] = rows(*keys_, 0, offset_);
-  s.arrays["1"] = rows(*values_, 0, offset_);
+  if (offset_ == 0) return s;
+  const auto [keys, values] = joined();
+  s.arrays["0"] = keys;
+  s.arrays["1"] = values;
   return s;
 }
 

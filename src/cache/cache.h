@@ -43,8 +43,12 @@ class Cache {
   /** Arrays that must be evaluated to make the cache independent of the graph. */
   virtual std::vector<mx::array> state() const = 0;
   virtual int64_t bytes() const = 0;
-  /** A deep copy: later updates of either do not show in the other. */
+  /** Later updates of either do not show in the other; memory may be shared as long as nobody can tell. */
   virtual std::unique_ptr<Cache> copy() const = 0;
+  /** The same with memory of its own. */
+  virtual std::unique_ptr<Cache> separate_copy() const { return copy(); }
+  /** Bytes by where they are, so that memory of several caches counts once. */
+  virtual void add_buffers(std::map<const void*, int64_t>& bytes) const { bytes[this] = this->bytes(); }
   /** Throws Error(unsupported) for kinds that have no place in a file. */
   virtual Stored stored() const;
 };
@@ -52,7 +56,16 @@ class Cache {
 using CachePtr = std::unique_ptr<Cache>;
 using Caches = std::vector<CachePtr>;  // one a layer; null where a layer remembers nothing
 
-/** What a kernel that works on the memory itself must do to add L tokens: copy rows, write the new ones, then read rows [0, visible_rows). */
+/** Keys and values that several caches see and nobody changes any more: the first `rows` rows of [1,K,C,E] and [1,K,C,F]. */
+struct SharedRows {
+  mx::array keys, values;
+  int rows;
+  std::shared_ptr<const int> loan;  // lives as long as anyone but the buffer's first owner sees it
+};
+using SharedRowsPtr = std::shared_ptr<const SharedRows>;
+
+/** What a kernel that works on the memory itself must do to add L tokens: copy rows, write the new ones, then read all shared rows and after
+ *  them rows of its own, visible_rows in all. */
 struct WritePlan {
   struct Copy {
     int from, to, rows;
@@ -60,8 +73,12 @@ struct WritePlan {
   mx::array keys, values;                                // in memory, [1,K,C,E] and [1,K,C,F], row contiguous
   std::optional<mx::array> old_keys{}, old_values{};     // where the copies come from
   std::vector<Copy> copies{};
-  int write_at = 0, visible_rows = 0;
+  int write_at = 0, visible_rows = 0;                    // write_at: a row of its own
+  std::vector<SharedRowsPtr> shared{};                   // come before its own
 };
+
+/** Shared rows come in multiples of this: what the attention kernels take as one block. */
+constexpr int shared_block_rows = 64;
 
 /** Sizes of what is kept for a token. */
 struct KvShape {
@@ -98,7 +115,8 @@ class AttentionCache : public Cache {
   mutable std::optional<mx::array> written_;
 };
 
-/** Keeps everything; grows in blocks of 256 tokens. */
+/** Keeps everything; grows in blocks of 256 tokens. A copy shares what fills whole blocks of shared_block_rows and holds the rest itself; where one array of
+ *  everything is asked for (the graph executor, files), shared rows are copied then. */
 class KvCache final : public AttentionCache {
  public:
   std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) override;
@@ -108,16 +126,31 @@ class KvCache final : public AttentionCache {
   bool trimmable() const override { return true; }
   int trim(int n) override;
   std::vector<mx::array> state() const override;
+  /** Shared memory counts in full for everyone who holds it. */
   int64_t bytes() const override;
   std::unique_ptr<Cache> copy() const override;
+  std::unique_ptr<Cache> separate_copy() const override;
+  void add_buffers(std::map<const void*, int64_t>& bytes) const override;
   Stored stored() const override;
   bool can_quantize() const override { return true; }
   std::unique_ptr<AttentionCache> quantized(int bits, int group_size) const override;
+  /** Brings shared rows into memory of its own. */
+  void unshare();
+  int shared_rows() const { return shared_rows_; }
   /** The arrays must be the cache's own. */
   static std::unique_ptr<KvCache> restored(mx::array keys, mx::array values, int offset);
 
  private:
-  std::optional<mx::array> keys_, values_;  // [B,K,capacity,E]
+  int own_rows() const { return offset_ - shared_rows_; }
+  std::pair<mx::array, mx::array> joined() const;
+  void cut_shared();
+  bool would_change_lent_rows() const { return own_rows() < lent_rows_ && loan_.use_count() > 1; }
+  void forget_loan() const;
+  std::vector<SharedRowsPtr> shared_;       // whole blocks
+  int shared_rows_ = 0;
+  std::optional<mx::array> keys_, values_;  // its own: [B,K,capacity,E]
+  mutable std::shared_ptr<const int> loan_;  // of these, copies see the first lent_rows_
+  mutable int lent_rows_ = 0;
   int offset_ = 0;
 };
 

@@ -27,6 +27,9 @@ struct Arguments {
   int max_tokens = 100, prefill_step_size = 512, batch_size = 32, threads = 0;
   engine::Sampling sampling;
   std::optional<int> max_kv_size;
+  std::optional<int> kv_bits, kv_group_size;
+  int quantized_kv_start = 5000;
+  DraftFlags drafts;
   std::optional<int64_t> seed;
 };
 
@@ -82,6 +85,11 @@ void read_fields(const json& line, gen::BatchItem& item) {
   auto& s = item.sampling;
   read_number(line, "max_tokens", item.max_tokens, -1, big);
   read_number(line, "max_kv_size", item.max_kv_size_tokens, 0, big);
+  read_number(line, "kv_bits", item.kv_quantization.bits, 0, 8);
+  read_number(line, "kv_group_size", item.kv_quantization.group_size, 1, big);
+  read_number(line, "quantized_kv_start", item.kv_quantization.start_tokens, 0, big);
+  read_number(line, "num_draft_tokens", item.drafts.model_tokens, 0, engine::Drafts::most_tokens);
+  read_number(line, "ngram_draft_tokens", item.drafts.ngram_tokens, 0, engine::Drafts::most_tokens);
   read_number(line, "temp", s.temperature, 0, huge);
   read_number(line, "temperature", s.temperature, 0, huge);
   read_number(line, "top_p", s.top_p, 0, 1);
@@ -230,6 +238,9 @@ gen::BatchItem to_defaults(const Arguments& a) {
   if (a.max_tokens == 0 || a.max_tokens < -1) {
     throw Error(Code::bad_request, "max_tokens", fmt::format("got {}, wanted at least 1, or -1 for no limit", a.max_tokens));
   }
+  item.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, a.quantized_kv_start);
+  item.drafts = {.ngram_tokens = a.drafts.ngram_tokens, .model_tokens = a.drafts.model.empty() ? 0 : a.drafts.num_tokens};
+  engine::check(item.drafts);
   item.sampling.want_logprob = a.logprobs;
   sample::check(gen::sampler_options(item.sampling));
   sample::check(gen::processor_options(item.sampling));
@@ -273,7 +284,7 @@ void encode(std::vector<Line>& lines, const Arguments& a, const text::Tokenizer&
 }
 
 /** Answers the good lines and returns the exit status. */
-int answer(const std::vector<Line>& lines, const Arguments& a, Session& session) {
+int answer(const std::vector<Line>& lines, const Arguments& a, Session& session, model::CausalModel* draft_model) {
   Printer printer(lines);
   std::vector<gen::BatchItem> items;
   std::vector<std::size_t> index_of;
@@ -287,7 +298,7 @@ int answer(const std::vector<Line>& lines, const Arguments& a, Session& session)
   }
   StatusLine status;
   const InterruptGuard guard;
-  gen::BatchRun run{.limits = gen::default_limits(a.batch_size), .cancel = &InterruptGuard::flag()};
+  gen::BatchRun run{.limits = gen::default_limits(a.batch_size), .draft_model = draft_model, .cancel = &InterruptGuard::flag()};
   run.limits.prefill_tokens = a.prefill_step_size;
   run.on_answer = [&](std::size_t i, const gen::BatchAnswer& result) {
     status.clear();
@@ -302,8 +313,13 @@ int answer(const std::vector<Line>& lines, const Arguments& a, Session& session)
   if (!a.quiet) {
     fmt::print(stderr, "Prompts: {} done, {} failed, {} not finished\n", printer.done() - printer.failed() - printer.cancelled(), printer.failed(),
                printer.cancelled());
-    fmt::print(stderr, "Prompt: {} tokens\nGeneration: {} tokens, {:.3f} tokens-per-sec over all\nPeak memory: {:.3f} GB\n", stats.prompt_tokens,
-               stats.generation_tokens, stats.generation_tps(), stats.peak_memory_gb);
+    fmt::print(stderr, "Prompt: {} tokens\nGeneration: {} tokens, {:.3f} tokens-per-sec over all\n", stats.prompt_tokens, stats.generation_tokens,
+               stats.generation_tps());
+    if (stats.drafted_tokens > 0) {
+      fmt::print(stderr, "Drafts: {} tokens, {} accepted ({:.1f} %)\n", stats.drafted_tokens, stats.accepted_tokens,
+                 100.0 * static_cast<double>(stats.accepted_tokens) / static_cast<double>(stats.drafted_tokens));
+    }
+    fmt::print(stderr, "Peak memory: {:.3f} GB\n", stats.peak_memory_gb);
   }
   if (printer.cancelled() > 0) return exit_status(Code::cancelled);
   return printer.failed() > 0 ? 1 : 0;
@@ -317,17 +333,20 @@ int run(const Arguments& a) {
   at_least("--prefill-step-size", a.prefill_step_size, 1);
   at_least("--threads", a.threads, 0);
   if (a.threads > 0) set_compute_threads(a.threads);
-  auto lines = read_input(a, to_defaults(a));
+  const auto defaults = to_defaults(a);
+  auto lines = read_input(a, defaults);
   if (a.strict) be_strict(lines);
   const auto path = find_model(a.model);
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
   auto session = open_session(path, {.executor = model::Executor::best, .adapter = a.adapter_path, .quantize_activations = false});
+  const auto draft = open_draft_model(a.drafts, session.tokenizer);
+  cache::check_quantization(session.loaded.model->description(), defaults.kv_quantization);
   line.clear();
   for (const auto& token : a.extra_eos) session.tokenizer.add_eos_token(token);
   encode(lines, a, session.tokenizer);
   if (a.strict) be_strict(lines);
-  return answer(lines, a, session);
+  return answer(lines, a, session, draft ? draft->loaded.model.get() : nullptr);
 }
 
 void add_sampling(CLI::App& c, Arguments& a) {
@@ -353,7 +372,8 @@ void add_batch_generate(CLI::App& app, Action& action) {
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
   c.add_option("--adapter-path", a->adapter_path, "Folder of a trained adapter");
   c.add_option("--prompts", a->prompts, "JSON lines, each {\"prompt\": text} or {\"messages\": [...]}; '-' reads stdin. A line may have an id and its own "
-                                        "max_tokens, temp, top_p, min_p, top_k, seed, stop, penalties, logit_bias")
+                                        "max_tokens, temp, top_p, min_p, top_k, seed, stop, penalties, logit_bias, max_kv_size, kv_bits, "
+                                        "ngram_draft_tokens and so on")
       ->required();
   c.add_option("--extra-eos-token", a->extra_eos, "Tokens, or their ids, that also end an answer");
   c.add_option("--system-prompt", a->system_prompt, "System message for the chat template, where a line has none");
@@ -362,6 +382,10 @@ void add_batch_generate(CLI::App& app, Action& action) {
   c.add_flag("--ignore-chat-template", a->ignore_chat_template, "Use each \"prompt\" as it is");
   c.add_option("--chat-template-config", a->chat_template_config, "JSON object of further variables for the chat template");
   c.add_option("--max-kv-size", a->max_kv_size, "Most tokens that each cache holds; unbounded when not given");
+  c.add_option("--kv-bits", a->kv_bits, "Bits of quantized caches: 2, 3, 4, 5, 6 or 8; not quantized when not given");
+  c.add_option("--kv-group-size", a->kv_group_size, "Group size of quantized caches: 32, 64 or 128 [64]");
+  c.add_option("--quantized-kv-start", a->quantized_kv_start, "Tokens before a cache is quantized")->capture_default_str();
+  add_drafts(c, a->drafts);
   c.add_option("--prefill-step-size", a->prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
   c.add_option("--batch-size", a->batch_size, "Most prompts answered at a time")->capture_default_str();
   c.add_option("--threads", a->threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -18,6 +19,8 @@
 #include "cli/command.h"
 #include "gen/generate.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/packed.h"
+#include "sample/sample.h"
 
 namespace mlxlm::cli {
 
@@ -29,6 +32,7 @@ using Clock = std::chrono::steady_clock;
 struct Arguments {
   std::string model, cpu_precision = "default";
   int prompt_tokens = 512, generation_tokens = 1024, batch_size = 1, trials = 5, prefill_step_size = 2048, delay_s = 0, threads = 0;
+  std::optional<int> kv_bits, kv_group_size;
   bool pipeline = false, quantize_activations = false, trust_remote_code = false, json = false, bandwidth = false;
 };
 
@@ -67,6 +71,7 @@ Trial single(const Arguments& a, Session& session, const std::vector<int>& promp
   options.prefill_step_tokens = a.prefill_step_size;
   options.ignore_eos = true;
   options.cancel = &InterruptGuard::flag();
+  options.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, 0);
   const auto last = gen::stream_generate(*session.loaded.model, session.tokenizer, prompt, options, [](const gen::Response&) { return true; });
   if (last.finish == gen::Finish::cancelled) throw Error(Code::cancelled, "benchmark", "interrupted");
   return {last.prompt_tokens_per_s, last.generation_tokens_per_s, last.peak_memory_gb};
@@ -77,6 +82,7 @@ Trial batched(const Arguments& a, Session& session, const std::vector<std::vecto
   auto& model = *session.loaded.model;
   std::vector<cache::Caches> caches;
   for (std::size_t i = 0; i < prompts.size(); ++i) caches.push_back(cache::make_caches(model.description()));
+  const auto quantization = kv_quantization(a.kv_bits, a.kv_group_size, 0);
   const auto stop_if_asked = [] {
     if (InterruptGuard::flag()) throw Error(Code::cancelled, "benchmark", "interrupted");
   };
@@ -88,8 +94,9 @@ Trial batched(const Arguments& a, Session& session, const std::vector<std::vecto
       const int count = std::min(a.prefill_step_size, a.prompt_tokens - at);
       const bool last = at + count == a.prompt_tokens;
       const auto logits = model.run(mx::array(prompts[i].data() + at, {count}, mx::int32), {{count, last ? 1 : 0, &caches[i]}});
+      cache::quantize_caches(caches[i], quantization);
       mx::eval(logits);
-      if (last) first.push_back(mx::argmax(logits, -1));
+      if (last) first.push_back(sample::likeliest(logits));
     }
   }
   auto tokens = mx::astype(mx::concatenate(first), mx::int32);
@@ -100,7 +107,7 @@ Trial batched(const Arguments& a, Session& session, const std::vector<std::vecto
   const auto decode = Clock::now();
   for (int i = 1; i < a.generation_tokens; ++i) {
     stop_if_asked();
-    auto next = mx::astype(mx::argmax(model.run(tokens, segments), -1), mx::int32);
+    auto next = sample::likeliest(model.run(tokens, segments));
     mx::async_eval(next);
     mx::eval(tokens);
     tokens = next;
@@ -114,18 +121,23 @@ Trial batched(const Arguments& a, Session& session, const std::vector<std::vecto
 /** GB/s at which all threads read memory that no cache holds; the best of five. */
 double read_bandwidth_gb_s() {
   constexpr int64_t words = int64_t(1) << 27;  // 1 GB
-  const auto data = std::make_unique<uint64_t[]>(words);
+  typedef uint64_t Line __attribute__((vector_size(64)));  // a cache line at a time, fetched ahead: as the matrix kernels read
+  constexpr int64_t lines = words * 8 / 64, ahead = 64;
+  const kernels::cpu::Arena memory(words * 8);
+  const auto* data = reinterpret_cast<const Line*>(memory.data());
+  std::memset(memory.data(), 0, words * 8);
   auto& pool = compute_pool();
   double best = 0;
   for (int round = 0; round < 5; ++round) {
     const auto start = Clock::now();
     std::atomic<uint64_t> sum{0};
     pool.parallel_for(64, [&](int chunk, int) {
-      uint64_t sums[8] = {};
-      for (int64_t i = words * chunk / 64; i < words * (chunk + 1) / 64; i += 8) {
-        for (int l = 0; l < 8; ++l) sums[l] += data[i + l];
+      Line total{};
+      for (int64_t i = lines * chunk / 64; i < lines * (chunk + 1) / 64; ++i) {
+        __builtin_prefetch(data + i + ahead);
+        total += data[i];
       }
-      sum += std::accumulate(sums, sums + 8, uint64_t{0});
+      for (int l = 0; l < 8; ++l) sum += total[l];
     });
     if (sum != 0) throw Error(Code::internal, "benchmark", "memory does not hold what was written");
     best = std::max(best, words * 8 / seconds_since(start) / 1e9);
@@ -214,6 +226,8 @@ void add_benchmark(CLI::App& app, Action& action) {
   c.add_option("--prefill-step-size", a->prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
   c.add_option("--delay", a->delay_s, "Seconds between trials")->capture_default_str();
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
+  c.add_option("--kv-bits", a->kv_bits, "Bits of a quantized cache: 2, 3, 4, 5, 6 or 8; not quantized when not given");
+  c.add_option("--kv-group-size", a->kv_group_size, "Group size of a quantized cache: 32, 64 or 128 [64]");
   c.add_option("--threads", a->threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
   add_cpu_precision(c, a->cpu_precision);
   c.add_flag("--bandwidth", a->bandwidth, "Also measure how fast this machine reads memory (1 GB), and the share that decoding reaches");

@@ -46,6 +46,7 @@ struct Arguments {
   float temp = 0.f, top_p = 1.f, min_p = 0.f, xtc_probability = 0.f, xtc_threshold = 0.1f;
   std::optional<int> max_kv_size, kv_bits, kv_group_size;
   int64_t seed = 0;
+  DraftFlags drafts;
 };
 
 /** What can be known before a model is loaded. */
@@ -74,6 +75,8 @@ gen::Options to_options(const Arguments& a) {
   options.max_kv_size_tokens = a.max_kv_size.value_or(0);
   options.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, a.quantized_kv_start);
   options.prefill_step_tokens = a.prefill_step_size;
+  options.draft_tokens = a.drafts.num_tokens;
+  options.ngram_draft_tokens = a.drafts.ngram_tokens;
   return options;
 }
 
@@ -259,8 +262,9 @@ void Repl::print_statistics(const Conversation::Turn& turn) {
   if (r.generation_tokens == 0) return note("[stopped before the answer; the message is taken back]");
   const char* how = r.finish == gen::Finish::cancelled ? ", stopped" : r.finish == gen::Finish::length ? ", cut by --max-tokens" : "";
   const auto kept = turn.reused_tokens > 0 ? fmt::format(" (and {} kept)", turn.reused_tokens) : "";
-  note(fmt::format("[prompt {} tokens{}, {:.1f}/s; answer {} tokens, {:.1f}/s{}; peak memory {:.3f} GB]", r.prompt_tokens, kept,
-                   r.prompt_tokens_per_s, r.generation_tokens, r.generation_tokens_per_s, how, r.peak_memory_gb));
+  const auto drafts = r.drafted_tokens > 0 ? fmt::format("; {} of {} guesses right", r.accepted_tokens, r.drafted_tokens) : "";
+  note(fmt::format("[prompt {} tokens{}, {:.1f}/s; answer {} tokens, {:.1f}/s{}{}; peak memory {:.3f} GB]", r.prompt_tokens, kept,
+                   r.prompt_tokens_per_s, r.generation_tokens, r.generation_tokens_per_s, how, drafts, r.peak_memory_gb));
 }
 
 void Repl::answer(const std::string& message) {
@@ -321,6 +325,8 @@ int run(const Arguments& a) {
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
   auto session = open_session(path, {.executor = model::Executor::best, .adapter = a.adapter_path, .quantize_activations = false});
+  const auto draft = open_draft_model(a.drafts, session.tokenizer);
+  if (draft) options.draft_model = draft->loaded.model.get();
   line.clear();
   for (const auto& token : a.extra_eos) session.tokenizer.add_eos_token(token);
   if (a.xtc_probability > 0.f) {
@@ -368,6 +374,7 @@ void add_options(CLI::App& c, Arguments& a) {
   c.add_option("--kv-bits", a.kv_bits, "Bits of a quantized cache: 2, 3, 4, 5, 6 or 8; not quantized when not given");
   c.add_option("--kv-group-size", a.kv_group_size, "Group size of a quantized cache: 32, 64 or 128 [64]");
   c.add_option("--quantized-kv-start", a.quantized_kv_start, "Tokens before the cache is quantized")->capture_default_str();
+  add_drafts(c, a.drafts);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "api/session.h"
 #include "cache/quantized.h"
 #include "hub/hub.h"
 
@@ -33,6 +34,15 @@ std::filesystem::path find_model(const std::string& path_or_repo);
 
 /** --kv-bits, --kv-group-size and --quantized-kv-start. */
 cache::Quantization kv_quantization(std::optional<int> bits, std::optional<int> group_size, int start_tokens);
+
+/** --draft-model, --num-draft-tokens and --ngram-draft-tokens. */
+struct DraftFlags {
+  std::string model;
+  int num_tokens = 3, ngram_tokens = 0;
+};
+void add_drafts(CLI::App& command, DraftFlags& flags);
+/** The draft model, if there is one; its tokens are those of `tokenizer`. */
+std::optional<Session> open_draft_model(const DraftFlags& flags, const text::Tokenizer& tokenizer);
 
 /** A line on stderr that is written over; nothing unless stderr is a terminal. */
 class StatusLine {

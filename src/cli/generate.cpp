@@ -25,15 +25,15 @@ constexpr int kLongPromptTokens = 512;  // from here on a prompt is worth a prog
 
 /** The options as the command line spells them; defaults are the reference's. */
 struct Arguments {
-  std::string model, adapter_path, prompt = "hello", chat_template_config, verbose = "True", prompt_cache_file, draft_model, cpu_precision = "default";
+  std::string model, adapter_path, prompt = "hello", chat_template_config, verbose = "True", prompt_cache_file, cpu_precision = "default";
   std::vector<std::string> extra_eos, images, stop;
   std::optional<std::string> system_prompt, prefill_response;
   bool trust_remote_code = false, ignore_chat_template = false, default_chat_template = false, quantize_activations = false, json = false;
-  int max_tokens = 100, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, quantized_kv_start = 5000,
-      num_draft_tokens = 3, ngram_draft_tokens = 0, threads = 0;
+  int max_tokens = 100, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, quantized_kv_start = 5000, threads = 0;
   float temp = 0.f, top_p = 1.f, min_p = 0.f, xtc_probability = 0.f, xtc_threshold = 0.1f;
   std::optional<int> max_kv_size, kv_bits, kv_group_size;
   std::optional<int64_t> seed;
+  DraftFlags drafts;
 };
 
 void refuse_unsupported(const Arguments& a) {
@@ -162,8 +162,8 @@ gen::Options to_options(const Arguments& a) {
   options.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, a.quantized_kv_start);
   options.prefill_step_tokens = a.prefill_step_size;
   options.stop = a.stop;
-  options.draft_tokens = a.num_draft_tokens;
-  options.ngram_draft_tokens = a.ngram_draft_tokens;
+  options.draft_tokens = a.drafts.num_tokens;
+  options.ngram_draft_tokens = a.drafts.ngram_tokens;
   options.cancel = &InterruptGuard::flag();
   return options;
 }
@@ -220,12 +220,8 @@ int run(const Arguments& a) {
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
   auto session = open_session(path, {.executor = model::Executor::best, .adapter = a.adapter_path, .quantize_activations = a.quantize_activations});
-  std::optional<Session> draft;
-  if (!a.draft_model.empty()) {
-    draft.emplace(open_session(find_model(a.draft_model)));
-    gen::check_same_vocabulary(session.tokenizer, draft->tokenizer);
-    options.draft_model = draft->loaded.model.get();
-  }
+  const auto draft = open_draft_model(a.drafts, session.tokenizer);
+  if (draft) options.draft_model = draft->loaded.model.get();
   line.clear();
   auto caches = open_caches(a, session.loaded.model->description());
   add_cached_eos(session.tokenizer, cached);
@@ -291,11 +287,7 @@ void add_cache(CLI::App& c, Arguments& a) {
   c.add_option("--kv-bits", a.kv_bits, "Bits of a quantized cache: 2, 3, 4, 5, 6 or 8; not quantized when not given");
   c.add_option("--kv-group-size", a.kv_group_size, "Group size of a quantized cache: 32, 64 or 128 [64]");
   c.add_option("--quantized-kv-start", a.quantized_kv_start, "Tokens before the cache is quantized")->capture_default_str();
-  c.add_option("--draft-model", a.draft_model, "Smaller model with the same tokens that guesses ahead; the answer stays the model's own");
-  c.add_option("--num-draft-tokens", a.num_draft_tokens, "Tokens that the draft model guesses at a time")->capture_default_str();
-  c.add_option("--ngram-draft-tokens", a.ngram_draft_tokens,
-               "Guess ahead out of the text so far, at most so many tokens at a time; for texts that repeat themselves; 0 = off")
-      ->capture_default_str();
+  add_drafts(c, a.drafts);
   c.add_option("--threads", a.threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
 }
 

@@ -3,6 +3,9 @@
 #include <cstdio>
 #include <cstring>
 #include <new>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include <fmt/format.h>
 
@@ -35,7 +38,16 @@ void check_command(const std::string& word) {
   throw Error(Code::bad_request, fmt::format("unknown command '{}'; wanted {}", word, join(nearest.empty() ? kCommands : nearest, " or ")));
 }
 
+/** glibc keeps up to 64 MB of what loading a model has freed, unless both limits are set. */
+void give_memory_back() {
+#if defined(__GLIBC__)
+  mallopt(M_MMAP_THRESHOLD, 1 << 20);
+  mallopt(M_TRIM_THRESHOLD, 4 << 20);
+#endif
+}
+
 int run(int argc, char** argv) {
+  give_memory_back();
   CLI::App app{"Language models on MLX, in C++."};
   app.name("mlx-lm");
   app.set_version_flag("--version", MLXLM_VERSION);

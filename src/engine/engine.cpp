@@ -21,6 +21,19 @@ bool ends_with(std::span<const int> tokens, std::span<const int> suffix) {
 
 }  // namespace
 
+void check(const Drafts& d) {
+  const auto within = [](const char* name, int value) {
+    if (value < 0 || value > Drafts::most_tokens) {
+      throw Error(Code::bad_request, name, fmt::format("got {}, wanted 0 (off) to {}", value, Drafts::most_tokens));
+    }
+  };
+  within("ngram_draft_tokens", d.ngram_tokens);
+  within("num_draft_tokens", d.model_tokens);
+  if (d.ngram_tokens > 0 && d.model_tokens > 0) {
+    throw Error(Code::bad_request, "ngram_draft_tokens", "got both it and a draft model, wanted one of them");
+  }
+}
+
 Error current_error() {
   try {
     throw;
@@ -49,6 +62,7 @@ Engine::Engine(Runner& runner, Limits limits, std::function<double()> clock)
   at_least("least_prefill_tokens", limits.least_prefill_tokens, 1);
   at_least("pace", limits.pace, 1);
   at_least("step_tokens", limits.step_tokens, 0);
+  at_least("draft_tokens", limits.draft_tokens, 0);
   at_least("limited_chunk_tokens", limits.limited_chunk_tokens, 1);
   at_least("max_context_tokens", limits.max_context_tokens, 0);
   at_least("memory_bytes", static_cast<double>(limits.memory_bytes), 0);
@@ -78,7 +92,12 @@ void Engine::validate(const Request& r) const {
     throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted 0 (unbounded) or more", r.max_kv_size_tokens));
   }
   if (r.cache == 0 && !r.cache_tokens.empty()) throw Error(Code::bad_request, "cache", "got tokens of a cache, and no cache");
-  runner_.check(r.tokens, r.sampling);
+  if (r.quantized_kv_start < 0) {
+    throw Error(Code::bad_request, "quantized_kv_start", fmt::format("got {}, wanted 0 or more", r.quantized_kv_start));
+  }
+  engine::check(r.drafts);
+  const auto cache = cache_options(r);
+  runner_.check(r.tokens, r.sampling, cache, r.drafts);
   if (r.cache != 0 && runner_.info(r.cache).tokens != static_cast<int>(r.cache_tokens.size())) {
     throw Error(Code::bad_request, "cache",
                 fmt::format("holds {} tokens, {} were named", runner_.info(r.cache).tokens, r.cache_tokens.size()));
@@ -89,7 +108,7 @@ void Engine::validate(const Request& r) const {
                 fmt::format("got {} tokens, wanted less than {} (the context)", prompt, limits_.max_context_tokens));
   }
   const auto tokens = prompt + (r.max_tokens < 0 ? 1 : r.max_tokens);
-  const auto needed = runner_.cost_bytes(tokens, r.max_kv_size_tokens);
+  const auto needed = runner_.cost_bytes(tokens, cache);
   if (limits_.memory_bytes > 0 && needed > limits_.memory_bytes) {
     throw Error(Code::out_of_memory, "prompt",
                 fmt::format("a cache for {} tokens needs {:.3f} GB, wanted at most {:.3f} GB, which all requests share", tokens,
@@ -108,8 +127,10 @@ SequenceId Engine::submit(Request request) {
     q->computed_tokens = static_cast<int>(request.cache_tokens.size());
     q->cache = request.cache;
     std::ranges::sort(request.boundaries);
+    q->cache_options = cache_options(request);
+    q->fixed_chunks = q->cache_options.kv_bits > 0 && runner_.chunks_show(q->cache_options);
     q->request = std::move(request);
-    runner_.begin(q->id, q->request.sampling, q->request.mask);
+    runner_.begin(q->id, q->request.sampling, q->request.mask, q->request.drafts);
   } catch (...) {
     const auto given = q->cache != 0 ? q->cache : request.cache;
     if (given != 0) runner_.free(given);
@@ -175,8 +196,7 @@ void Engine::retire(Sequence& q, Event last) {
       const auto cache = std::exchange(q.cache, 0);
       reserved_bytes_ -= q.reserved_bytes;
       q.reserved_bytes = 0;
-      release(prefixes_.insert(held, {cache, 0, info.bytes, info.trimmable},
-                               static_cast<uint64_t>(q.request.max_kv_size_tokens)));
+      release(prefixes_.insert(held, {cache, 0, info.bytes, info.trimmable}, prefix_space(q)));
     }
   }
   drop_cache(q);
@@ -194,8 +214,13 @@ void Engine::check_result(const StepPlan& plan, const StepResult& result) const 
     const auto& got = result.rows[i];
     const auto& row = plan.rows[i];
     if (got.sequence != row.sequence) wrong(fmt::format("got a result of sequence {}, wanted one of {}", got.sequence, row.sequence));
-    if (!got.error && static_cast<int>(got.chosen.size()) != row.wanted_rows) {
-      wrong(fmt::format("sequence {}: got {} tokens, wanted {}", row.sequence, got.chosen.size(), row.wanted_rows));
+    if (got.error) continue;
+    const int count = static_cast<int>(got.chosen.size());
+    if (row.draft.empty() ? count != row.wanted_rows : count < 1 || count > row.wanted_rows) {
+      wrong(fmt::format("sequence {}: got {} tokens, wanted {}", row.sequence, count, row.wanted_rows));
+    }
+    for (int k = 0; k + 1 < count; ++k) {
+      if (got.chosen[k].token != row.draft[k]) wrong(fmt::format("sequence {}: got token {} for {} of its draft", row.sequence, got.chosen[k].token, row.draft[k]));
     }
     for (const auto& chosen : got.chosen) {
       if (chosen.token < 0) wrong(fmt::format("sequence {}: got token {}", row.sequence, chosen.token));
@@ -224,41 +249,56 @@ void Engine::commit_row(Sequence& q, const PlannedRow& row, const RowResult& res
   q.computed_tokens += static_cast<int>(row.tokens.size());
   if (q.computed_tokens >= q.suspect_until_tokens) q.suspect_until_tokens = 0;
   if (in_prompt) counters_.prompt_tokens += static_cast<int64_t>(row.tokens.size());
+  if (q.ended == Finish::none && row.wanted_rows > 0) return commit_tokens(q, row, result);
   if (q.ended != Finish::none) {
+    try {
+      if (!row.draft.empty()) runner_.keep(q.cache, q.computed_tokens);
+    } catch (...) {
+      drop_cache(q);
+    }
     auto last = event(q);
     last.finish = q.ended;
     return retire(q, std::move(last));
   }
   store_at_boundary(q);
-  if (row.wanted_rows > 0) {
-    commit_token(q, result.chosen.front());
-  } else {
-    events_.push_back(event(q));
-  }
+  events_.push_back(event(q));
 }
 
-void Engine::commit_token(Sequence& q, const ChosenToken& chosen) {
-  q.tokens.push_back(chosen.token);
-  ++counters_.generated_tokens;
-  auto told = event(q);
-  told.chosen = chosen;
+/** Why the answer ends with its last token, if it does. */
+Finish Engine::finish_of(const Sequence& q) const {
   const auto answer = std::span<const int>(q.tokens).subspan(q.prompt_tokens);
-  const bool stopped = std::ranges::any_of(q.request.stop, [&](const auto& s) { return ends_with(answer, s); });
+  if (std::ranges::any_of(q.request.stop, [&](const auto& s) { return ends_with(answer, s); })) return Finish::stop;
   const bool full = limits_.max_context_tokens > 0 && static_cast<int>(q.tokens.size()) >= limits_.max_context_tokens;
-  if (stopped) {
-    told.finish = Finish::stop;
-  } else if (q.generated_tokens() == q.request.max_tokens || full) {
-    told.finish = Finish::length;
+  return full || q.generated_tokens() == q.request.max_tokens ? Finish::length : Finish::none;
+}
+
+/** The draft as far as it was right, and one token more; what comes after an end counts for nothing. */
+void Engine::commit_tokens(Sequence& q, const PlannedRow& row, const RowResult& result) {
+  if (row.draft.empty()) store_at_boundary(q);
+  std::vector<Event> told;
+  for (std::size_t i = 0; i < result.chosen.size(); ++i) {
+    const bool from_draft = i + 1 < result.chosen.size();
+    q.tokens.push_back(result.chosen[i].token);
+    q.computed_tokens += from_draft;
+    ++counters_.generated_tokens;
+    counters_.accepted_tokens += from_draft;
+    auto& e = told.emplace_back(event(q));
+    e.chosen = result.chosen[i];
+    e.from_draft = from_draft;
+    e.finish = finish_of(q);
+    if (e.finish != Finish::none) break;
   }
-  if (told.finish == Finish::none && q.request.mask) {
-    try {
-      q.request.mask->accept(chosen.token);
-    } catch (...) {
-      return fail(q, current_error());
-    }
+  auto last = std::move(told.back());
+  told.pop_back();
+  for (auto& e : told) events_.push_back(std::move(e));
+  try {
+    if (!row.draft.empty()) runner_.keep(q.cache, q.computed_tokens);
+    if (last.finish == Finish::none && q.request.mask) q.request.mask->accept(last.chosen->token);
+  } catch (...) {
+    return fail(q, current_error());
   }
-  if (told.finish != Finish::none) return retire(q, std::move(told));
-  events_.push_back(std::move(told));
+  if (last.finish != Finish::none) return retire(q, std::move(last));
+  events_.push_back(std::move(last));
 }
 
 /** A copy for later prompts, where the caller said that one pays. */
@@ -273,8 +313,7 @@ void Engine::store_at_boundary(Sequence& q) {
     const auto copied = runner_.copy(q.cache, info.tokens);
     const auto held = runner_.info(copied);
     const auto key = std::span<const int>(q.tokens).first(q.computed_tokens);
-    release(prefixes_.insert(key, {copied, 0, held.bytes, held.trimmable},
-                             static_cast<uint64_t>(q.request.max_kv_size_tokens)));
+    release(prefixes_.insert(key, {copied, 0, held.bytes, held.trimmable}, prefix_space(q)));
   } catch (...) {
     // A copy for others is never worth an answer.
   }
@@ -317,6 +356,7 @@ StepReport Engine::step() {
     const auto* q = find(row.sequence);
     if (q->decoding()) {
       ++report.decode_rows;
+      report.draft_tokens += static_cast<int>(row.draft.size());
     } else {
       report.prompt_tokens += static_cast<int>(row.tokens.size());
     }
@@ -343,7 +383,7 @@ StepReport Engine::step() {
     report.outcome = has_work() ? Outcome::capacity_deferred : Outcome::no_work;
   }
   if (!plan.rows.empty() && counters_.failed_steps == failed_steps) {
-    pacer_.observe(report.decode_rows, report.prompt_tokens, report.seconds);
+    pacer_.observe(report.decode_rows + report.draft_tokens, report.prompt_tokens, report.seconds);
     (report.prompt_tokens > 0 ? counters_.prompt_s : counters_.decode_s) += report.seconds;
     counters_.decode_steps += report.decode_rows > 0;
   }
@@ -354,6 +394,19 @@ std::optional<std::pair<CacheId, std::vector<int>>> Engine::cache_of(SequenceId 
   const auto* q = find(id);
   if (q == nullptr || q->cache == 0) return std::nullopt;
   return std::pair(q->cache, std::vector<int>(q->tokens.begin(), q->tokens.begin() + q->computed_tokens));
+}
+
+MemoryReport Engine::memory() const {
+  MemoryReport report{.reserved_bytes = reserved_bytes_,
+                      .stored_bytes = prefixes_.bytes(),
+                      .stored_budget_bytes = prefixes_.budget_bytes(),
+                      .limit_bytes = limits_.memory_bytes};
+  for (const auto& [id, q] : sequences_) {
+    const auto held = q->cache != 0 ? runner_.info(q->cache) : CacheInfo{};
+    report.held_bytes += held.bytes;
+    report.requests.push_back({id, q->running, held.tokens, held.bytes, q->reserved_bytes});
+  }
+  return report;
 }
 
 Snapshot Engine::snapshot() const {

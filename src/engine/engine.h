@@ -24,6 +24,9 @@ struct Request {
   std::shared_ptr<TokenMask> mask{};
   int max_kv_size_tokens = 0;                   // 0 = unbounded. What a limited cache forgets depends on the chunks that a longer prompt comes in,
                                                 // so such a prompt runs in chunks of limited_chunk_tokens, its last token alone, whatever the budget, and is not reused
+  int kv_bits = 0, kv_group_size = 64;          // 0 = caches are not quantized; else as alone: converted at the end of the first chunk (of
+  int quantized_kv_start = 0;                   // limited_chunk_tokens, the last token of the prompt alone) or step where they hold so many tokens
+  Drafts drafts{};                              // not with a mask, which cannot go back
   bool use_prefix_cache = true;                 // reuse what is stored or held by another request, and store what was computed
   std::vector<int> boundaries{};                // prompt positions where a step must end and a copy of the cache is stored for reuse, ascending
   CacheId cache = 0;                            // continue from this one; the request owns it from now on
@@ -39,6 +42,7 @@ struct Event {
   std::optional<ChosenToken> chosen{};
   int processed_tokens = 0, prompt_tokens = 0;  // how far the prompt is; without a token: progress
   int reused_tokens = 0;                        // of the prompt, computed before
+  bool from_draft = false;                      // `chosen` was guessed, and right
   Finish finish = Finish::none;
   std::optional<Error> error{};                 // for Finish::failed
   CacheId cache = 0;                            // with keep_cache, on the last event: now the receiver's to free
@@ -56,7 +60,7 @@ enum class Outcome {
 struct StepReport {
   Outcome outcome = Outcome::no_work;
   std::vector<Event> events{};
-  int decode_rows = 0, prompt_tokens = 0, generated_tokens = 0;
+  int decode_rows = 0, draft_tokens = 0, prompt_tokens = 0, generated_tokens = 0;
   double seconds = 0;
 };
 
@@ -66,6 +70,7 @@ struct Limits {
   int least_prefill_tokens = 4;     // prompt tokens of a step beside decoding, however slow they are
   double pace = 1.8;                // a step with prompt tokens is to take so many times one without; see bench/engine.cpp
   int step_tokens = 0;              // all tokens of a step with decoding rows; 0 = as `pace` says
+  int draft_tokens = 64;            // of all sequences in a step
   int limited_chunk_tokens = 2048;  // see Request::max_kv_size_tokens
   int max_context_tokens = 0;       // prompt and answer; 0 = no limit
   int64_t memory_bytes = 0;         // for caches, those stored for prefixes included; 0 = no limit
@@ -75,7 +80,24 @@ struct Limits {
 /** Running totals. */
 struct Counters {
   int64_t steps = 0, decode_steps = 0, prompt_tokens = 0, reused_tokens = 0, generated_tokens = 0, failed_steps = 0;
+  int64_t drafted_tokens = 0, accepted_tokens = 0;  // guesses, and those that are among generated_tokens
   double prompt_s = 0, decode_s = 0;  // of steps with and without prompt tokens
+};
+
+/** Bytes of caches. */
+struct MemoryReport {
+  int64_t held_bytes = 0;        // by requests
+  int64_t reserved_bytes = 0;    // for requests that run, what they hold included
+  int64_t stored_bytes = 0;      // for prefixes
+  int64_t stored_budget_bytes = 0;
+  int64_t limit_bytes = 0;       // of reserved and stored; 0 = none
+  struct Row {
+    SequenceId id = 0;
+    bool running = false;
+    int tokens = 0;              // held
+    int64_t held_bytes = 0, reserved_bytes = 0;
+  };
+  std::vector<Row> requests{};
 };
 
 /** Thread: one. Between steps everything may be called. */
@@ -112,6 +134,7 @@ class Engine {
   /** The cache of a request and the tokens that it holds; the engine keeps it. Nothing while it has none. */
   std::optional<std::pair<CacheId, std::vector<int>>> cache_of(SequenceId id) const;
   Snapshot snapshot() const;
+  MemoryReport memory() const;
   /** Gives up stored prefixes until at most so many bytes are held. */
   void shrink_prefix_cache(int64_t bytes) { release(prefixes_.shrink_to(bytes)); }
   const PrefixCache& prefixes() const { return prefixes_; }
@@ -122,7 +145,11 @@ class Engine {
   Sequence* find(SequenceId id) const;
   void validate(const Request& request) const;
   int64_t tokens_to_reserve(const Sequence& q) const;
+  CacheOptions cache_options(const Request& request) const;
+  uint64_t prefix_space(const Sequence& q) const;
+  int most_drafts(const Sequence& q) const;
   void plan_decode(StepPlan& plan);
+  void plan_drafts(StepPlan& plan);
   void plan_prompts(StepPlan& plan, int budget);
   bool plan_suspect(StepPlan& plan);
   int prompt_budget(int decode_rows) const;
@@ -136,7 +163,8 @@ class Engine {
   void preempt(Sequence& q);
   void check_result(const StepPlan& plan, const StepResult& result) const;
   void commit_row(Sequence& q, const PlannedRow& row, const RowResult& result);
-  void commit_token(Sequence& q, const ChosenToken& chosen);
+  void commit_tokens(Sequence& q, const PlannedRow& row, const RowResult& result);
+  Finish finish_of(const Sequence& q) const;
   void store_at_boundary(Sequence& q);
   void retire(Sequence& q, Event last);
   void fail(Sequence& q, const Error& error);

@@ -34,6 +34,30 @@ struct Sampling {
   bool has_penalties() const { return repetition_penalty != 0.f || presence_penalty != 0.f || frequency_penalty != 0.f; }
 };
 
+/** Tokens guessed ahead of a decoding sequence, which one step then checks together; both 0 = none. What comes out is the model's own choice, or has
+ *  its own distribution, whatever was guessed. */
+struct Drafts {
+  int ngram_tokens = 0;  // most that are guessed at a time out of the sequence so far
+  int model_tokens = 0;  // most that the runner's draft model guesses at a time
+  static constexpr int most_tokens = 256;
+  int most() const { return ngram_tokens > 0 ? ngram_tokens : model_tokens; }
+};
+
+/** Throws Error(bad_request). */
+void check(const Drafts& drafts);
+
+/** What caches of a sequence are like. */
+struct CacheOptions {
+  int max_kv_size_tokens = 0;        // 0 = unbounded
+  int kv_bits = 0;                   // 0 = not quantized
+  int kv_group_size = 64;
+  int quantized_from_tokens = 0;     // converted once it holds so many; no step crosses this
+  bool with_drafts = false;          // tokens may be taken back, for which a copy may be needed
+  bool with_draft_model = false;     // which has caches of its own
+
+  bool operator==(const CacheOptions&) const = default;
+};
+
 /** Which tokens a request may take next (a grammar). Used on the engine's thread; the work may be done on another one meanwhile. */
 class TokenMask {
  public:
@@ -45,14 +69,14 @@ class TokenMask {
   virtual std::span<const uint32_t> allowed() = 0;
 };
 
-/** What one sequence does in a step. Prefill, decode and (one day) verification of drafts differ only in the counts. */
+/** What one sequence does in a step. Prefill, chunks of it, decode and verification of drafts differ only in the counts. */
 struct PlannedRow {
   SequenceId sequence = 0;
   CacheId cache = 0;
   std::vector<int> tokens{};   // at least one
-  std::vector<int> draft{};    // always empty for now
-  int wanted_rows = 0;         // tokens to choose: 0 = a chunk of a prompt, 1 = from the logits of the last token
-  std::vector<int> history{};  // all tokens up to and with these; only for sequences with penalties that choose a token
+  std::vector<int> draft{};    // guesses of what follows, computed with the tokens; kept as far as they are right
+  int wanted_rows = 0;         // logits to choose from: 0 = a chunk of a prompt, else those of the last token and of each of the draft
+  std::vector<int> history{};  // all tokens up to and with `tokens`; only for sequences with penalties that choose a token
 };
 
 struct StepPlan {
@@ -60,7 +84,7 @@ struct StepPlan {
   std::vector<PlannedRow> rows{};
   int tokens() const {
     int count = 0;
-    for (const auto& row : rows) count += static_cast<int>(row.tokens.size());
+    for (const auto& row : rows) count += static_cast<int>(row.tokens.size() + row.draft.size());
     return count;
   }
 };
@@ -79,7 +103,7 @@ struct ChosenToken {
 
 struct RowResult {
   SequenceId sequence = 0;
-  std::vector<ChosenToken> chosen{};  // as many as wanted_rows, unless failed
+  std::vector<ChosenToken> chosen{};  // unless failed: none, or the draft as far as it is right and one more
   std::optional<Error> error{};       // this row alone failed; its cache is of no more use
 };
 
@@ -94,18 +118,32 @@ struct CacheInfo {
   int64_t bytes = 0;       // held now
 };
 
+/** A decoding sequence that may have a draft. */
+struct DraftWanted {
+  SequenceId sequence = 0;
+  CacheId cache = 0;
+  std::span<const int> tokens{};  // all so far
+  int most = 0;
+};
+
 /** Thread: the engine's. Every function may throw Error or what MLX throws; none may end the process. */
 class Runner {
  public:
   virtual ~Runner() = default;
 
   /** Throws Error(bad_request) when tokens or options cannot be run. */
-  virtual void check(std::span<const int> tokens, const Sampling& sampling) const = 0;
-  /** The most bytes that a cache of so many tokens takes; it must not shrink as tokens grow. max_kv_size_tokens 0 = unbounded. */
-  virtual int64_t cost_bytes(int64_t tokens, int max_kv_size_tokens) const = 0;
+  virtual void check(std::span<const int> tokens, const Sampling& sampling, const CacheOptions& cache, const Drafts& drafts) const = 0;
+  /** The most bytes that a cache of so many tokens takes; it must not shrink as tokens grow. */
+  virtual int64_t cost_bytes(int64_t tokens, const CacheOptions& options) const = 0;
+
+  /** Whether what is computed into caches with these options depends, if only by rounding, on the chunks that a prompt comes in, even where nothing
+   *  is forgotten. */
+  virtual bool chunks_show(const CacheOptions& /*options*/) const { return false; }
 
   /** An empty cache that will soon hold so many tokens, and perhaps more. */
-  virtual CacheId reserve(int64_t tokens, int max_kv_size_tokens) = 0;
+  virtual CacheId reserve(int64_t tokens, const CacheOptions& options) = 0;
+  /** A cache from elsewhere is to have these options. */
+  virtual void adapt(CacheId cache, const CacheOptions& options) = 0;
   /** Another cache that holds the first `tokens` of this one (all, unless it is trimmable): for reuse and for snapshots. Whether memory is shared
    *  is the runner's affair. */
   virtual CacheId copy(CacheId cache, int tokens) = 0;
@@ -115,8 +153,13 @@ class Runner {
   virtual CacheInfo info(CacheId cache) const = 0;
 
   /** A sequence comes into being, with a random state of its own; until end(). */
-  virtual void begin(SequenceId sequence, const Sampling& sampling, std::shared_ptr<TokenMask> mask) = 0;
+  virtual void begin(SequenceId sequence, const Sampling& sampling, std::shared_ptr<TokenMask> mask, const Drafts& drafts) = 0;
   virtual void end(SequenceId sequence) noexcept = 0;
+
+  /** A draft for each, at most as long as wanted, or none. A failure of drafts is none. */
+  virtual std::vector<std::vector<int>> draft(const std::vector<DraftWanted>& wanted) { return std::vector<std::vector<int>>(wanted.size()); }
+  /** After a row with a draft, whose cache holds all of it: only the first `tokens` stay. Comes once, before the next step. */
+  virtual void keep(CacheId /*cache*/, int /*tokens*/) {}
 
   /** Runs all rows. When it throws, no token was chosen, every random state is as before, and the caches of the plan are of no more use. */
   virtual StepResult run(const StepPlan& plan) = 0;

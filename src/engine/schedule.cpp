@@ -22,7 +22,8 @@ StepPlan Engine::schedule() {
   if (!plan_suspect(plan)) {
     plan_decode(plan);
     const auto decode_rows = plan.rows.size();
-    plan_prompts(plan, prompt_budget(static_cast<int>(decode_rows)));
+    plan_drafts(plan);
+    plan_prompts(plan, prompt_budget(plan.tokens()));
     const bool shared = decode_rows > 0 && plan.rows.size() > decode_rows;
     shared_steps_ = shared ? shared_steps_ + 1 : 0;
   }
@@ -38,12 +39,14 @@ int Engine::prompt_budget(int decode_rows) const {
   return pacer_.prompt_tokens(decode_rows);
 }
 
-/** Tokens of its next row: up to budget, the end of the sequence or the next boundary. */
+/** Tokens of its next row: up to budget, the end of the sequence, the next boundary or the token from which on its cache is quantized. */
 int Engine::chunk_of(const Sequence& q, int budget) const {
-  if (q.overflows(q.tokens.size())) {
+  const auto& cache = q.cache_options;
+  if (cache.kv_bits > 0 && q.computed_tokens < cache.quantized_from_tokens) budget = std::min(budget, cache.quantized_from_tokens - q.computed_tokens);
+  if (q.fixed_chunks || q.overflows(q.tokens.size())) {
     // As it would be alone: a prompt in chunks of one size and its last token, what is replayed of the answer token by token.
     if (q.computed_tokens >= q.prompt_tokens) return 1;
-    if (!q.overflows(q.prompt_tokens)) return std::min(budget, q.prompt_tokens - q.computed_tokens);
+    if (!q.fixed_chunks && !q.overflows(q.prompt_tokens)) return std::min(budget, q.prompt_tokens - q.computed_tokens);
     const int start = static_cast<int>(q.request.cache_tokens.size()), chunk = limits_.limited_chunk_tokens;
     const int end = start + (std::max(0, q.computed_tokens - start) / chunk + 1) * chunk;
     return std::max(1, std::min(end, q.prompt_tokens - 1) - q.computed_tokens);
@@ -95,6 +98,48 @@ void Engine::plan_decode(StepPlan& plan) {
   }
 }
 
+/** How many tokens of a draft may become part of the answer, one after them included, and find room. */
+int Engine::most_drafts(const Sequence& q) const {
+  int most = q.request.mask ? 0 : std::min<int64_t>(q.request.drafts.most(), q.reserved_tokens - static_cast<int64_t>(q.tokens.size()));
+  if (q.request.max_tokens >= 0) most = std::min(most, q.request.max_tokens - q.generated_tokens() - 1);
+  if (limits_.max_context_tokens > 0) most = std::min(most, limits_.max_context_tokens - static_cast<int>(q.tokens.size()) - 1);
+  const auto& cache = q.cache_options;
+  if (cache.kv_bits > 0 && q.computed_tokens < cache.quantized_from_tokens) most = std::min(most, cache.quantized_from_tokens - q.computed_tokens - 1);
+  return most;
+}
+
+/** Guesses for the decoding rows, which share what a step may check. */
+void Engine::plan_drafts(StepPlan& plan) {
+  std::vector<DraftWanted> wanted;
+  std::vector<std::size_t> row_of;
+  for (std::size_t i = 0; i < plan.rows.size(); ++i) {
+    const auto& q = *find(plan.rows[i].sequence);
+    const int most = q.request.drafts.most() > 0 ? most_drafts(q) : 0;
+    if (most <= 0) continue;
+    wanted.push_back({q.id, q.cache, q.tokens, most});
+    row_of.push_back(i);
+  }
+  if (wanted.empty()) return;
+  int together = limits_.draft_tokens;
+  if (limits_.step_tokens > 0) together = std::min(together, (limits_.step_tokens - static_cast<int>(plan.rows.size())) / 2);
+  const int share = std::max(0, together / static_cast<int>(wanted.size()));
+  if (share == 0) return;
+  for (auto& w : wanted) w.most = std::min(w.most, share);
+  std::vector<std::vector<int>> drafts;
+  try {
+    drafts = runner_.draft(wanted);
+  } catch (...) {
+    return;  // a guess is never worth an answer
+  }
+  for (std::size_t i = 0; i < row_of.size() && i < drafts.size(); ++i) {
+    auto& row = plan.rows[row_of[i]];
+    const auto count = std::min<std::size_t>(drafts[i].size(), wanted[i].most);
+    row.draft.assign(drafts[i].begin(), drafts[i].begin() + static_cast<std::ptrdiff_t>(count));
+    row.wanted_rows += static_cast<int>(count);
+    counters_.drafted_tokens += static_cast<int64_t>(count);
+  }
+}
+
 /** Prompts begun go on in order of admission; what is left of the budget admits others in order of arrival. */
 void Engine::plan_prompts(StepPlan& plan, int budget) {
   for (const auto id : running_) {
@@ -109,12 +154,36 @@ void Engine::plan_prompts(StepPlan& plan, int budget) {
   }
 }
 
+/** As the request would have them alone: chunks end at a multiple of their size, before the last token of the prompt, and after it. */
+CacheOptions Engine::cache_options(const Request& r) const {
+  CacheOptions o{.max_kv_size_tokens = r.max_kv_size_tokens, .with_drafts = r.drafts.most() > 0, .with_draft_model = r.drafts.model_tokens > 0};
+  if (r.kv_bits == 0) return o;
+  o.kv_bits = r.kv_bits;
+  o.kv_group_size = r.kv_group_size;
+  const int64_t begin = static_cast<int64_t>(r.cache_tokens.size()), end = begin + static_cast<int64_t>(r.tokens.size());
+  const int64_t chunk = limits_.limited_chunk_tokens, start = std::max<int64_t>(r.quantized_kv_start, begin + 1);
+  int64_t at = begin + (start - begin + chunk - 1) / chunk * chunk;
+  if (at >= end) at = start <= end - 1 ? end - 1 : std::max(start, end);
+  o.quantized_from_tokens = static_cast<int>(std::min<int64_t>(at, std::numeric_limits<int>::max()));
+  return o;
+}
+
+/** Caches of other options are of no use to a prompt. */
+uint64_t Engine::prefix_space(const Sequence& q) const {
+  const auto& o = q.cache_options;
+  auto space = static_cast<uint64_t>(o.max_kv_size_tokens);
+  if (o.kv_bits > 0) {
+    for (const auto part : {o.kv_bits, o.kv_group_size, o.quantized_from_tokens}) space = (space ^ static_cast<uint64_t>(part)) * 1099511628211ull + 1;
+  }
+  return space;
+}
+
 int64_t Engine::tokens_to_reserve(const Sequence& q) const {
   const auto held = static_cast<int64_t>(q.tokens.size());
   const auto cap = limits_.max_context_tokens > 0 ? limits_.max_context_tokens : std::numeric_limits<int64_t>::max();
   if (q.request.max_tokens >= 0) return std::min<int64_t>(static_cast<int64_t>(q.prompt_tokens) + q.request.max_tokens, cap);
   for (const auto more : kMoreTokens) {
-    const auto bytes = runner_.cost_bytes(held + more, q.request.max_kv_size_tokens);
+    const auto bytes = runner_.cost_bytes(held + more, q.cache_options);
     if (limits_.memory_bytes == 0 || bytes <= limits_.memory_bytes) return std::min<int64_t>(held + more, cap);
   }
   return held;
@@ -131,31 +200,35 @@ bool Engine::make_room(int64_t bytes) {
 
 /** What of the sequence is computed already: in a stored cache, or in one that is in use and can be cut. */
 std::optional<PrefixCache::Hit> Engine::find_reusable(const Sequence& q) {
-  const auto space = static_cast<uint64_t>(q.request.max_kv_size_tokens);
-  if (q.cache != 0 || !q.request.use_prefix_cache || q.overflows(q.tokens.size())) return std::nullopt;
-  auto best = prefixes_.find(q.tokens, space);
+  const auto& options = q.cache_options;
+  // What is quantized later was computed from floats, so only a cache that was converted at the same token serves, and not shortened beyond it.
+  const auto serves = [&](int held, int usable) {
+    return options.kv_bits == 0 || held < options.quantized_from_tokens || usable >= options.quantized_from_tokens;
+  };
+  if (q.cache != 0 || !q.request.use_prefix_cache || q.fixed_chunks || q.overflows(q.tokens.size())) return std::nullopt;
+  auto best = prefixes_.find(q.tokens, prefix_space(q));
+  if (best && !serves(best->entry.tokens, best->usable_tokens)) best.reset();
   for (const auto id : running_) {
     const auto& other = *find(id);
-    if (!other.request.use_prefix_cache || other.request.max_kv_size_tokens != q.request.max_kv_size_tokens) continue;
+    if (!other.request.use_prefix_cache || prefix_space(other) != prefix_space(q)) continue;
     const auto most = std::min<std::size_t>(other.computed_tokens, q.tokens.size() - 1);
     const auto end = other.tokens.begin() + static_cast<std::ptrdiff_t>(most);
     const int shared = static_cast<int>(std::mismatch(other.tokens.begin(), end, q.tokens.begin()).first - other.tokens.begin());
     if (shared < kLeastSharedTokens || (best && shared <= best->usable_tokens)) continue;
     const auto info = runner_.info(other.cache);
-    if (info.trimmable) best = PrefixCache::Hit{{other.cache, info.tokens, info.bytes, true}, shared};
+    if (info.trimmable && serves(info.tokens, shared)) best = PrefixCache::Hit{{other.cache, info.tokens, info.bytes, true}, shared};
   }
   return best;
 }
 
 Engine::Admission Engine::admit(Sequence& q) {
-  const auto& r = q.request;
   const auto tokens = tokens_to_reserve(q);
-  auto bytes = runner_.cost_bytes(tokens, r.max_kv_size_tokens);
+  auto bytes = runner_.cost_bytes(tokens, q.cache_options);
   if (q.cache != 0) bytes = std::max(bytes, runner_.info(q.cache).bytes);
   if (static_cast<int>(running_.size()) >= limits_.max_sequences) return Admission::deferred;
   auto hit = find_reusable(q);
-  // A copy is as large as what it copies, however little of that is of use.
-  const auto with_hit = hit ? std::max(bytes, hit->entry.bytes) : bytes;
+  // A copy is as large as what it copies, however little of that is of use, and its windows grow with the next chunk.
+  const auto with_hit = hit ? std::max(bytes, hit->entry.bytes + runner_.cost_bytes(1, q.cache_options)) : bytes;
   if (hit && limits_.memory_bytes > 0 && reserved_bytes_ + hit->entry.bytes + with_hit > limits_.memory_bytes) hit.reset();
   if (hit) bytes = with_hit;
   if (!make_room(bytes)) {
@@ -169,10 +242,13 @@ Engine::Admission Engine::admit(Sequence& q) {
   try {
     if (hit) {
       q.cache = runner_.copy(hit->entry.cache, hit->usable_tokens);
+      runner_.adapt(q.cache, q.cache_options);
       q.computed_tokens = q.reused_tokens = hit->usable_tokens;
       counters_.reused_tokens += hit->usable_tokens;
     } else if (q.cache == 0) {
-      q.cache = runner_.reserve(std::min<int64_t>(tokens, static_cast<int64_t>(q.tokens.size()) + kAnswerTokens), r.max_kv_size_tokens);
+      q.cache = runner_.reserve(std::min<int64_t>(tokens, static_cast<int64_t>(q.tokens.size()) + kAnswerTokens), q.cache_options);
+    } else {
+      runner_.adapt(q.cache, q.cache_options);
     }
   } catch (...) {
     fail(q, current_error());
@@ -191,7 +267,7 @@ Engine::Admission Engine::admit(Sequence& q) {
 bool Engine::extend(Sequence& q) {
   const auto held = static_cast<int64_t>(q.tokens.size());
   for (const auto more : kMoreTokens) {
-    const auto bytes = std::max(q.reserved_bytes, runner_.cost_bytes(held + more, q.request.max_kv_size_tokens));
+    const auto bytes = std::max(q.reserved_bytes, runner_.cost_bytes(held + more, q.cache_options));
     if (!make_room(bytes - q.reserved_bytes)) continue;
     reserved_bytes_ += bytes - q.reserved_bytes;
     q.reserved_bytes = bytes;
@@ -203,7 +279,7 @@ bool Engine::extend(Sequence& q) {
   } else {
     fail(q, Error(Code::out_of_memory, "answer",
                   fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB", held + 1,
-                              static_cast<double>(runner_.cost_bytes(held + 1, q.request.max_kv_size_tokens)) / 1e9,
+                              static_cast<double>(runner_.cost_bytes(held + 1, q.cache_options)) / 1e9,
                               static_cast<double>(limits_.memory_bytes) / 1e9)));
   }
   return false;

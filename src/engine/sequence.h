@@ -12,6 +12,8 @@ struct Engine::Sequence {
   int prompt_tokens = 0;          // of these
   int computed_tokens = 0;        // in the cache
   CacheId cache = 0;
+  CacheOptions cache_options{};
+  bool fixed_chunks = false;      // as Runner::chunks_show
   int64_t reserved_bytes = 0, reserved_tokens = 0;
   int reused_tokens = 0;
   std::size_t next_boundary = 0;

@@ -22,6 +22,16 @@ double peak_gb() {
   return static_cast<double>(mx::default_device() == mx::Device::gpu ? allocated : std::max(allocated, peak_resident_bytes())) / 1e9;
 }
 
+BatchGenerator::Stats stats_of(const engine::Counters& c, double start_s) {
+  return {c.prompt_tokens, c.generated_tokens, c.steps, c.drafted_tokens, c.accepted_tokens, c.prompt_s, c.decode_s, now_s() - start_s, peak_gb()};
+}
+
+void set(engine::Request& r, const cache::Quantization& q) {
+  r.kv_bits = q.bits;
+  r.kv_group_size = q.group_size;
+  r.quantized_kv_start = q.start_tokens;
+}
+
 cache::Caches copies(const cache::Caches& caches) {
   cache::Caches made;
   for (const auto& c : caches) made.push_back(c ? c->copy() : nullptr);
@@ -39,7 +49,8 @@ engine::Limits default_limits(int max_sequences) {
 }
 
 BatchGenerator::Stats BatchGenerator::Stats::since(const Stats& e) const {
-  return {prompt_tokens - e.prompt_tokens, generation_tokens - e.generation_tokens, steps - e.steps, prompt_s - e.prompt_s,
+  return {prompt_tokens - e.prompt_tokens, generation_tokens - e.generation_tokens, steps - e.steps,
+          drafted_tokens - e.drafted_tokens, accepted_tokens - e.accepted_tokens, prompt_s - e.prompt_s,
           decode_s - e.decode_s, wall_s - e.wall_s, peak_memory_gb};
 }
 
@@ -47,7 +58,7 @@ BatchGenerator::BatchGenerator(model::CausalModel& model, BatchOptions options, 
     : model_(model),
       options_(std::move(options)),
       keep_caches_(keep_caches),
-      runner_(model_, options_.limits),
+      runner_(model_, options_.limits, options_.draft_model),
       engine_(runner_, options_.limits),
       start_s_(now_s()) {}
 
@@ -73,8 +84,10 @@ std::vector<BatchGenerator::Uid> BatchGenerator::insert_segments(std::vector<Ins
                         .sampling = one.sampling.value_or(options_.sampling),
                         .mask = std::move(one.mask),
                         .max_kv_size_tokens = options_.max_kv_size_tokens,
+                        .drafts = one.drafts.value_or(options_.drafts),
                         .cache_tokens = std::move(one.all_tokens),
                         .keep_cache = keep_caches_};
+      set(r, one.kv_quantization.value_or(options_.kv_quantization));
       std::vector<int> ends;
       for (const auto& segment : one.segments) {
         r.tokens.insert(r.tokens.end(), segment.begin(), segment.end());
@@ -105,7 +118,7 @@ std::pair<std::vector<BatchGenerator::PromptResponse>, std::vector<BatchGenerato
     }
     if (e.chosen || e.finish != engine::Finish::none) {
       boundaries_.erase(e.id);
-      Response r{.uid = e.id, .chosen = std::move(e.chosen), .finish = e.finish, .error = std::move(e.error)};
+      Response r{.uid = e.id, .chosen = std::move(e.chosen), .from_draft = e.from_draft, .finish = e.finish, .error = std::move(e.error)};
       if (e.cache != 0) {
         r.caches = runner_.take(e.cache);
         r.all_tokens = std::move(e.cache_tokens);
@@ -155,8 +168,7 @@ int64_t BatchGenerator::prompt_cache_bytes() const {
 }
 
 BatchGenerator::Stats BatchGenerator::stats() const {
-  const auto& c = engine_.counters();
-  return {c.prompt_tokens, c.generated_tokens, c.steps, c.prompt_s, c.decode_s, now_s() - start_s_, peak_gb()};
+  return stats_of(engine_.counters(), start_s_);
 }
 
 namespace {
@@ -187,13 +199,12 @@ class AnswerText {
 class Batch {
  public:
   Batch(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<BatchItem>& items, const BatchRun& run)
-      : tokenizer_(tokenizer), items_(items), run_(run), answers_(items.size()), runner_(model, run.limits), engine_(runner_, run.limits) {}
+      : tokenizer_(tokenizer), items_(items), run_(run), answers_(items.size()), runner_(model, run.limits, run.draft_model), engine_(runner_, run.limits) {}
 
   std::vector<BatchAnswer> run(BatchGenerator::Stats* stats) {
     const double start = now_s();
     const auto read = [&] {
-      const auto& c = engine_.counters();
-      return BatchGenerator::Stats{c.prompt_tokens, c.generated_tokens, c.steps, c.prompt_s, c.decode_s, now_s() - start, peak_gb()};
+      return stats_of(engine_.counters(), start);
     };
     for (std::size_t i = 0; i < items_.size(); ++i) submit(i);
     while (engine_.has_work()) {
@@ -211,7 +222,9 @@ class Batch {
     const auto& item = items_[i];
     auto& answer = answers_[i];
     answer.prompt_tokens = static_cast<int>(item.prompt.size());
-    engine::Request r{.tokens = item.prompt, .max_tokens = item.max_tokens, .sampling = item.sampling, .max_kv_size_tokens = item.max_kv_size_tokens};
+    engine::Request r{.tokens = item.prompt, .max_tokens = item.max_tokens, .sampling = item.sampling, .max_kv_size_tokens = item.max_kv_size_tokens,
+                      .drafts = item.drafts};
+    set(r, item.kv_quantization);
     if (!item.ignore_eos) {
       for (const int eos : tokenizer_.eos_token_ids()) r.stop.push_back({eos});
     }
@@ -234,8 +247,10 @@ class Batch {
     auto& [index, text] = found->second;
     auto& answer = answers_[index];
     auto finish = e.finish;
+    const auto told = answer.text.size();
     if (e.chosen) {
       ++answer.generation_tokens;
+      answer.accepted_tokens += e.from_draft;
       if (finish != engine::Finish::stop) {  // the engine stops at the end of text only
         answer.tokens.push_back(e.chosen->token);
         if (items_[index].sampling.want_logprob) answer.logprobs.push_back(e.chosen->logprob);
@@ -245,8 +260,12 @@ class Batch {
         }
       }
     }
+    const bool stopped = finish != engine::Finish::none && text.finish(answer.text);
+    if (run_.on_text && answer.text.size() > told && !run_.on_text(index, answer.text.substr(told)) && finish == engine::Finish::none) {
+      engine_.cancel(e.id);
+      finish = engine::Finish::cancelled;
+    }
     if (finish == engine::Finish::none) return;
-    const bool stopped = text.finish(answer.text);
     answer.error = e.error;
     answer.finish = finish == engine::Finish::failed                  ? Finish::none
                     : stopped || finish == engine::Finish::stop       ? Finish::stop

@@ -24,6 +24,9 @@ struct BatchOptions {
   std::vector<std::vector<int>> stop_tokens{};
   engine::Sampling sampling{};
   int max_kv_size_tokens = 0;
+  cache::Quantization kv_quantization{};
+  engine::Drafts drafts{};
+  model::CausalModel* draft_model = nullptr;  // for drafts.model_tokens; with the tokens of the model (check_same_vocabulary)
   engine::Limits limits = default_limits();
 };
 
@@ -41,6 +44,8 @@ class BatchGenerator {
     std::optional<engine::Sampling> sampling{};
     std::optional<std::vector<std::vector<int>>> stop_tokens{};
     std::shared_ptr<engine::TokenMask> mask{};
+    std::optional<cache::Quantization> kv_quantization{};
+    std::optional<engine::Drafts> drafts{};
   };
   struct PromptResponse {
     Uid uid = 0;
@@ -50,6 +55,7 @@ class BatchGenerator {
   struct Response {
     Uid uid = 0;
     std::optional<engine::ChosenToken> chosen{};  // absent when the sequence ended without one
+    bool from_draft = false;         // guessed, and right; one step then brings several responses of a sequence
     engine::Finish finish = engine::Finish::none;
     std::optional<Error> error{};
     cache::Caches caches{};          // when finished, and wanted by keep_caches
@@ -57,6 +63,7 @@ class BatchGenerator {
   };
   struct Stats {
     int64_t prompt_tokens = 0, generation_tokens = 0, steps = 0;
+    int64_t drafted_tokens = 0, accepted_tokens = 0;
     double prompt_s = 0, decode_s = 0, wall_s = 0;  // steps that carry prompt tokens, others, since the beginning
     double peak_memory_gb = 0;
     double prompt_tps() const { return prompt_s > 0 ? static_cast<double>(prompt_tokens) / prompt_s : 0; }
@@ -81,6 +88,8 @@ class BatchGenerator {
   int64_t prompt_cache_bytes() const;
   /** Running totals; take two and subtract for a window. */
   Stats stats() const;
+  /** What caches take now, request by request. */
+  engine::MemoryReport memory() const { return engine_.memory(); }
   engine::Engine& engine() { return engine_; }
   bool has_work() const { return engine_.has_work(); }
 
@@ -101,6 +110,8 @@ struct BatchItem {
   engine::Sampling sampling{};
   std::vector<std::string> stop{};
   int max_kv_size_tokens = 0;
+  cache::Quantization kv_quantization{};
+  engine::Drafts drafts{};
   bool ignore_eos = false;
 };
 
@@ -111,11 +122,15 @@ struct BatchAnswer {
   Finish finish = Finish::none;    // none: failed, see error
   std::optional<Error> error{};
   int prompt_tokens = 0, generation_tokens = 0;  // generation: the token that ended it counts
+  int accepted_tokens = 0;         // of these: guesses
 };
 
 struct BatchRun {
   engine::Limits limits = default_limits();
   std::function<void(std::size_t index, const BatchAnswer&)> on_answer{};  // as each ends
+  /** More text of an answer, as it comes; what it returns, false ends this one with Finish::cancelled. */
+  std::function<bool(std::size_t index, const std::string& text)> on_text{};
+  model::CausalModel* draft_model = nullptr;
   std::function<void(const BatchGenerator::Stats&)> on_step{};
   const std::atomic<bool>* cancel = nullptr;
 };

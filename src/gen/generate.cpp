@@ -210,7 +210,7 @@ void Generation::validate_drafts() const {
 /** Log-probabilities, unless only the maximum matters: normalizing does not move it. */
 mx::array Generation::normalized(const mx::array& logits) const {
   if (sampler_.greedy() && !options_.want_logprob && !options_.want_logprobs) return logits;
-  return logits - mx::logsumexp(logits, -1, true);
+  return sample::log_probabilities(logits);
 }
 
 /** logprobs [1, V], token [1]. */
@@ -386,6 +386,8 @@ bool Generation::draft_and_check(Trail& trail, int last_token) {
     more = deliver(token, told(row(logprobs, i), mx::array({token}, {1}, mx::int32)), last_is_held_);
   }
   trail.back_to(kept);
+  // Tokens that run again were before those that see a quantized cache.
+  if (quantization.bits > 0 && held < quantization.start_tokens && held + kept >= quantization.start_tokens) trail.settle();
   cache::quantize_caches(caches_, options_.kv_quantization);
   return more;
 }

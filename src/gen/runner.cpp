@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <string_view>
 
 #include <fmt/format.h>
 #include <mlx/memory.h>
@@ -10,6 +11,8 @@
 #include <mlx/transforms.h>
 
 #include "base/error.h"
+#include "cache/quantized.h"
+#include "gen/memory.h"
 #include "kernels/cpu/kernels.h"
 #include "plan/plan.h"
 
@@ -20,7 +23,7 @@ constexpr int kBlockTokens = 256;      // as caches grow
 constexpr int64_t kClearEverySteps = 128;
 
 /** Ends the evaluation of a step that failed: no work may outlive the caches that it writes to. */
-void settle() noexcept {
+void end_evaluation() noexcept {
   try {
     mx::synchronize();
   } catch (...) {
@@ -43,22 +46,33 @@ std::optional<cache::KvShape> shape_of(const cache::Cache& c) {
 
 /** How a sequence chooses its tokens. */
 struct ModelRunner::Chooser {
-  Chooser(const engine::Sampling& s, std::shared_ptr<engine::TokenMask> m)
-      : sampling(s), processors(processor_options(s)), sampler(sampler_options(s)), mask(std::move(m)) {}
+  Chooser(const engine::Sampling& s, std::shared_ptr<engine::TokenMask> m, const engine::Drafts& d)
+      : sampling(s), processors(processor_options(s)), sampler(sampler_options(s)), mask(std::move(m)), drafts(d) {}
   engine::Sampling sampling;
   sample::ProcessorOptions processors;
   sample::Sampler sampler;
   std::shared_ptr<engine::TokenMask> mask;
+  engine::Drafts drafts;
+  NgramDrafter ngrams{};
+  std::unique_ptr<ModelDrafter> drafter{};  // made with the first draft
+  std::optional<mx::array> draft_probabilities{};  // that the latest draft was drawn from
 
   bool wants_logprobs() const { return sampling.want_logprob || sampling.want_logprobs || sampling.top_logprobs > 0; }
   /** The most likely token and nothing else: such rows share one argmax. */
   bool plain() const { return sampling.temperature == 0.f && !wants_logprobs() && !processors.any() && !mask; }
 };
 
-/** What is read when the step has been evaluated. */
+/** What is read when the step has been evaluated. A row with a draft has several logits. */
 struct ModelRunner::Choice {
-  mx::array token;                      // int32 [1]
-  std::optional<mx::array> logprob{}, logprobs{};  // float32 [], [V]
+  mx::array token;                                 // int32 [n]; the likeliest where there is a draft
+  std::optional<mx::array> logprob{}, logprobs{};  // float32 [] (without a draft only), [n,V]
+  std::optional<sample::Verdict> verdict{};        // of a draft that was judged already
+
+  void add_to(std::vector<mx::array>& arrays) const {
+    arrays.push_back(token);
+    if (logprob) arrays.push_back(*logprob);
+    if (logprobs) arrays.push_back(*logprobs);
+  }
 };
 
 sample::SamplerOptions sampler_options(const engine::Sampling& s) {
@@ -83,8 +97,9 @@ sample::ProcessorOptions processor_options(const engine::Sampling& s) {
           .frequency_context_size = s.frequency_context_size};
 }
 
-ModelRunner::ModelRunner(model::CausalModel& model, const engine::Limits& limits)
+ModelRunner::ModelRunner(model::CausalModel& model, const engine::Limits& limits, model::CausalModel* draft_model)
     : model_(model),
+      draft_model_(draft_model),
       chunk_tokens_(limits.prefill_tokens),
       limited_chunk_tokens_(std::max(limits.prefill_tokens, limits.limited_chunk_tokens)) {
   auto caches = cache::make_caches(model.description());
@@ -103,9 +118,14 @@ ModelRunner::ModelRunner(model::CausalModel& model, const engine::Limits& limits
     layer_value_bytes_.push_back(std::max<int64_t>(value_bytes, 2));
     layer_fixed_bytes_.push_back(fixed);
   }
+  if (draft_model_ == nullptr) return;
+  auto drafts = cache::make_caches(draft_model_->description());
+  mx::eval(draft_model_->run(mx::zeros({1}, mx::int32), {{1, 1, &drafts}}));
+  draft_value_bytes_ = std::max(2, value_bytes(drafts));
 }
 
-void ModelRunner::check(std::span<const int> tokens, const engine::Sampling& sampling) const {
+void ModelRunner::check(std::span<const int> tokens, const engine::Sampling& sampling, const engine::CacheOptions& cache,
+                        const engine::Drafts& drafts) const {
   const int vocab = model_.description().vocab;
   for (const int token : tokens) {
     if (token < 0 || token >= vocab) {
@@ -117,20 +137,47 @@ void ModelRunner::check(std::span<const int> tokens, const engine::Sampling& sam
   if (sampling.top_logprobs < 0 || sampling.top_logprobs > vocab) {
     throw Error(Code::bad_request, "top_logprobs", fmt::format("got {}, wanted 0 to {}", sampling.top_logprobs, vocab));
   }
+  cache::check_quantization(model_.description(), {cache.kv_bits, cache.kv_group_size, cache.quantized_from_tokens});
+  if (drafts.model_tokens > 0 && draft_model_ == nullptr) {
+    throw Error(Code::bad_request, "num_draft_tokens", "got it without a draft model");
+  }
 }
 
-/** A cache grows by half of itself, in whole blocks; one with a limit holds a step more than that. */
-int64_t ModelRunner::cost_bytes(int64_t tokens, int max_kv_size_tokens) const {
-  const int64_t grown = tokens <= kBlockTokens ? kBlockTokens : (tokens * 3 / 2 + kBlockTokens) / kBlockTokens * kBlockTokens;
+/** A cache grows by half of itself, in whole blocks; one with a limit holds a step more than that. Floats turn into quantized rows while both are
+ *  there. What cannot forget is copied before it sees a draft. A draft model has caches of its own. */
+int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) const {
   const auto layout = plan::cache_layout(model_.description());
-  int64_t bytes = 0;
-  for (std::size_t i = 0; i < layout.size(); ++i) {
-    int64_t limit = layout[i].kind == plan::CacheKind::rotating ? layout[i].window_tokens : 0;
-    if (max_kv_size_tokens > 0) limit = limit > 0 ? std::min<int64_t>(limit, max_kv_size_tokens) : max_kv_size_tokens;
-    const auto rows = limit > 0 ? std::min(tokens + kBlockTokens, limit + (max_kv_size_tokens > 0 ? limited_chunk_tokens_ : chunk_tokens_)) : grown;
-    bytes += rows * layout[i].values_per_token * layer_value_bytes_[i] + layer_fixed_bytes_[i];
+  const auto bytes_of = [&](int64_t held, bool quantized) {
+    const int64_t grown = held <= kBlockTokens ? kBlockTokens : (held * 3 / 2 + kBlockTokens) / kBlockTokens * kBlockTokens;
+    int64_t bytes = 0;
+    for (std::size_t i = 0; i < layout.size(); ++i) {
+      int64_t limit = layout[i].kind == plan::CacheKind::rotating ? layout[i].window_tokens : 0;
+      if (o.max_kv_size_tokens > 0) limit = limit > 0 ? std::min<int64_t>(limit, o.max_kv_size_tokens) : o.max_kv_size_tokens;
+      const auto step = std::max(o.max_kv_size_tokens > 0 || o.kv_bits > 0 ? limited_chunk_tokens_ : chunk_tokens_, o.with_drafts ? kBlockTokens : 0);
+      const auto rows = limit > 0 ? std::min(held + kBlockTokens, limit + step) : grown;
+      const auto values = rows * layout[i].values_per_token;
+      // A group has its codes, a scale and a bias.
+      const auto kept = quantized ? values * o.kv_bits / 8 + values / o.kv_group_size * 2 * layer_value_bytes_[i] : values * layer_value_bytes_[i];
+      const bool copied = o.with_drafts && (limit > 0 || layer_fixed_bytes_[i] > 0);
+      bytes += (kept + layer_fixed_bytes_[i]) * (copied ? 2 : 1);
+    }
+    return bytes;
+  };
+  int64_t drafts = 0;
+  if (o.with_draft_model && draft_model_ != nullptr) {
+    drafts = cache_bytes(draft_model_->description(), tokens * 3 / 2 + kBlockTokens, {.max_kv_size_tokens = o.max_kv_size_tokens, .value_bytes = draft_value_bytes_});
   }
-  return bytes;
+  const bool converted = o.kv_bits > 0 && tokens >= o.quantized_from_tokens;
+  if (!converted) return drafts + bytes_of(tokens, false);
+  return drafts + std::max(bytes_of(tokens, true), bytes_of(o.quantized_from_tokens, true) + bytes_of(o.quantized_from_tokens, false));
+}
+
+/** Attention sums a quantized window from its oldest row on, which is another one after another chunk. */
+bool ModelRunner::chunks_show(const engine::CacheOptions& options) const {
+  if (options.kv_bits == 0) return false;
+  return options.max_kv_size_tokens > 0 || std::ranges::any_of(plan::cache_layout(model_.description()), [](const auto& layer) {
+           return layer.kind == plan::CacheKind::rotating;
+         });
 }
 
 ModelRunner::Held& ModelRunner::held(engine::CacheId cache) {
@@ -141,8 +188,9 @@ ModelRunner::Held& ModelRunner::held(engine::CacheId cache) {
 
 const ModelRunner::Held& ModelRunner::held(engine::CacheId cache) const { return const_cast<ModelRunner*>(this)->held(cache); }
 
-engine::CacheId ModelRunner::reserve(int64_t tokens, int max_kv_size_tokens) {
-  auto caches = cache::make_caches(model_.description(), max_kv_size_tokens);
+engine::CacheId ModelRunner::reserve(int64_t tokens, const engine::CacheOptions& options) {
+  auto caches = cache::make_caches(model_.description(), options.max_kv_size_tokens);
+  if (options.kv_bits > 0) tokens = std::min<int64_t>(tokens, options.quantized_from_tokens);
   for (std::size_t i = 0; i < caches.size(); ++i) {
     // Memory for the whole prompt at once: else each growth copies all of it, in the middle of other sequences' steps.
     auto* kv = dynamic_cast<cache::KvCache*>(caches[i].get());
@@ -150,8 +198,38 @@ engine::CacheId ModelRunner::reserve(int64_t tokens, int max_kv_size_tokens) {
     kv->plan_write(static_cast<int>(tokens), *layer_shapes_[i]);
     kv->trim(static_cast<int>(tokens));
   }
-  held_.emplace(++last_id_, Held{std::move(caches)});
+  held_.emplace(++last_id_, Held{std::move(caches), 0, options});
   return last_id_;
+}
+
+/** Runs what a rejected draft left to run again. */
+void ModelRunner::settle(Held& h) {
+  if (h.trail) h.trail->settle();
+}
+
+Trail& ModelRunner::trail(Held& h) {
+  if (!h.trail) h.trail = std::make_unique<Trail>(model_, h.caches);
+  return *h.trail;
+}
+
+/** Converts what is due; whether anything may have changed. */
+bool ModelRunner::quantize(Held& h) {
+  const auto& o = h.options;
+  if (o.kv_bits == 0 || h.tokens < o.quantized_from_tokens) return false;
+  const auto due = [](const cache::CachePtr& c) {
+    const auto* attention = dynamic_cast<const cache::AttentionCache*>(c.get());
+    return attention != nullptr && attention->can_quantize();
+  };
+  if (std::ranges::none_of(h.caches, due)) return false;
+  settle(h);
+  cache::quantize_caches(h.caches, {o.kv_bits, o.kv_group_size, 0});
+  return true;
+}
+
+const cache::Caches& ModelRunner::caches(engine::CacheId cache) {
+  auto& h = held(cache);
+  settle(h);
+  return h.caches;
 }
 
 engine::CacheId ModelRunner::adopt(cache::Caches caches) {
@@ -166,15 +244,18 @@ engine::CacheId ModelRunner::adopt(cache::Caches caches) {
 }
 
 cache::Caches ModelRunner::take(engine::CacheId cache) {
+  settle(held(cache));
   auto caches = std::move(held(cache).caches);
   held_.erase(cache);
   return caches;
 }
 
 engine::CacheId ModelRunner::copy(engine::CacheId cache, int tokens) {
-  const auto& from = held(cache);
+  auto& from = held(cache);
+  settle(from);
   Held made;
-  for (const auto& c : from.caches) made.caches.push_back(c ? c->copy() : nullptr);
+  made.options = from.options;
+  for (const auto& c : from.caches) made.caches.push_back(!c ? nullptr : shares_memory_ ? c->copy() : c->separate_copy());
   made.tokens = from.tokens;
   held_.emplace(++last_id_, std::move(made));
   const auto id = last_id_;
@@ -194,6 +275,7 @@ void ModelRunner::trim(engine::CacheId cache, int tokens) {
   if (excess < 0 || !info(cache).trimmable) {
     throw Error(Code::internal, "cache", fmt::format("holds {} tokens and cannot be cut to {}", h.tokens, tokens));
   }
+  settle(h);
   for (auto& c : h.caches) {
     if (c) c->trim(excess);
   }
@@ -202,30 +284,137 @@ void ModelRunner::trim(engine::CacheId cache, int tokens) {
 
 void ModelRunner::free(engine::CacheId cache) noexcept { held_.erase(cache); }
 
+int64_t ModelRunner::held_bytes() const {
+  std::map<const void*, int64_t> buffers;
+  for (const auto& [id, h] : held_) {
+    for (const auto& c : h.caches) {
+      if (c) c->add_buffers(buffers);
+    }
+  }
+  int64_t total = 0;
+  for (const auto& [where, bytes] : buffers) total += bytes;
+  return total;
+}
+
 engine::CacheInfo ModelRunner::info(engine::CacheId cache) const {
   const auto& h = held(cache);
-  engine::CacheInfo info{.tokens = h.tokens, .trimmable = true};
+  const int pending = h.trail ? h.trail->pending() : 0;
+  engine::CacheInfo info{.tokens = h.tokens, .trimmable = pending == 0};
   for (const auto& c : h.caches) {
     if (!c) continue;
-    info.tokens = c->offset();
+    info.tokens = c->offset() + pending;
     info.trimmable = info.trimmable && c->trimmable();
     info.bytes += c->bytes();
   }
   return info;
 }
 
-void ModelRunner::begin(engine::SequenceId sequence, const engine::Sampling& sampling, std::shared_ptr<engine::TokenMask> mask) {
-  choosers_.insert_or_assign(sequence, std::make_shared<Chooser>(sampling, std::move(mask)));
+void ModelRunner::begin(engine::SequenceId sequence, const engine::Sampling& sampling, std::shared_ptr<engine::TokenMask> mask,
+                        const engine::Drafts& drafts) {
+  choosers_.insert_or_assign(sequence, std::make_shared<Chooser>(sampling, std::move(mask), drafts));
 }
 
 void ModelRunner::end(engine::SequenceId sequence) noexcept { choosers_.erase(sequence); }
 
+/** A draft is never worth an answer: who cannot have one gets none. */
+std::vector<std::vector<int>> ModelRunner::draft(const std::vector<engine::DraftWanted>& wanted) {
+  std::vector<std::vector<int>> drafts(wanted.size());
+  std::vector<std::vector<int>> histories(wanted.size());
+  std::vector<ModelDrafter::Wanted> by_model;
+  std::vector<std::size_t> index;
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    const auto& w = wanted[i];
+    auto& chooser = *choosers_.at(w.sequence);
+    auto& h = held(w.cache);
+    chooser.draft_probabilities.reset();
+    int most = w.most;
+    while (most > 0 && !trail(h).one_call_agrees(most + 1)) --most;
+    if (most == 0) continue;
+    histories[i].assign(w.tokens.begin(), w.tokens.end());
+    if (chooser.drafts.ngram_tokens > 0) {
+      drafts[i] = chooser.ngrams.propose(histories[i], most).tokens;
+    } else {
+      if (!chooser.drafter) {
+        chooser.drafter = std::make_unique<ModelDrafter>(*draft_model_, model_.description().vocab, h.options.max_kv_size_tokens, limited_chunk_tokens_,
+                                                         chooser.sampler, chooser.processors);
+      }
+      by_model.push_back({chooser.drafter.get(), &histories[i], most});
+      index.push_back(i);
+    }
+  }
+  if (by_model.empty()) return drafts;
+  try {
+    auto made = ModelDrafter::propose_together(by_model);
+    for (std::size_t k = 0; k < made.size(); ++k) {
+      drafts[index[k]] = std::move(made[k].tokens);
+      choosers_.at(wanted[index[k]].sequence)->draft_probabilities = std::move(made[k].probabilities);
+    }
+  } catch (...) {
+    end_evaluation();
+    for (const auto i : index) choosers_.at(wanted[i].sequence)->drafter.reset();
+  }
+  return drafts;
+}
+
+void ModelRunner::keep(engine::CacheId cache, int tokens) {
+  auto& h = held(cache);
+  if (!h.marked) return;
+  h.marked = false;
+  h.trail->back_to(tokens - h.tokens + 1);  // h.tokens counts the row's own token, which stays
+  h.tokens = tokens;
+  if (quantize(h)) evaluate_state(h.caches);
+}
+
+/** Whether a model of two executors would run these caches by the first. */
+bool ModelRunner::plans_writes(const cache::Caches& caches) {
+  return std::ranges::all_of(caches, [](const cache::CachePtr& c) {
+    const auto* attention = dynamic_cast<const cache::AttentionCache*>(c.get());
+    return attention == nullptr || attention->plans_writes();
+  });
+}
+
+/** The tokens of a row's call of the model, and its logits in the plan's order. */
+struct ModelRunner::Call {
+  std::vector<int> tokens;
+  model::Segment segment;
+  bool planned = false;  // plans_writes()
+};
+
+/** In the order of the plan. Rows that the model runs in another way than their neighbours get a call of their own, as they would alone: else
+ *  neighbours would show in the last bits. */
 mx::array ModelRunner::logits_of(const engine::StepPlan& plan) {
+  std::vector<Call> calls;
+  for (const auto& row : plan.rows) {
+    auto& h = held(row.cache);
+    auto tokens = row.tokens;
+    tokens.insert(tokens.end(), row.draft.begin(), row.draft.end());
+    if (!row.draft.empty()) {
+      h.marked = true;
+      trail(h).mark(static_cast<int>(tokens.size()), true);
+    }
+    if (h.trail) tokens = h.trail->take_call(tokens);
+    const int count = static_cast<int>(tokens.size());
+    calls.push_back({std::move(tokens), {count, row.wanted_rows, &h.caches}, plans_writes(h.caches)});
+  }
+  const bool one = std::string_view(model_.executor()) != "fused" || std::ranges::all_of(calls, &Call::planned) || std::ranges::none_of(calls, &Call::planned);
+  if (one) return run_calls(calls, [](const Call&) { return true; });
+  const auto logits = mx::concatenate({run_calls(calls, [](const Call& c) { return c.planned; }), run_calls(calls, [](const Call& c) { return !c.planned; })}, 0);
+  int planned = 0, other = 0;
+  for (const auto& c : calls) other += c.planned ? c.segment.wanted_rows : 0;
+  std::vector<int> order;
+  for (const auto& c : calls) {
+    for (int i = 0; i < c.segment.wanted_rows; ++i) order.push_back(c.planned ? planned++ : other++);
+  }
+  return mx::take(logits, mx::array(order.data(), {static_cast<int>(order.size())}, mx::int32), 0);
+}
+
+mx::array ModelRunner::run_calls(const std::vector<Call>& calls, const std::function<bool(const Call&)>& which) {
   std::vector<int> tokens;
   std::vector<model::Segment> segments;
-  for (const auto& row : plan.rows) {
-    tokens.insert(tokens.end(), row.tokens.begin(), row.tokens.end());
-    segments.push_back({static_cast<int>(row.tokens.size()), row.wanted_rows, &held(row.cache).caches});
+  for (const auto& call : calls) {
+    if (!which(call)) continue;
+    tokens.insert(tokens.end(), call.tokens.begin(), call.tokens.end());
+    segments.push_back(call.segment);
   }
   return model_.run(mx::array(tokens.data(), {static_cast<int>(tokens.size())}, mx::int32), segments);
 }
@@ -250,17 +439,33 @@ mx::array ModelRunner::masked(const mx::array& logits, engine::TokenMask& mask) 
 }
 
 ModelRunner::Choice ModelRunner::choose_one(const engine::PlannedRow& row, Chooser& chooser, mx::array logits) {
-  if (chooser.processors.any()) logits = sample::process(logits, row.history, chooser.processors);
+  const bool drafted = !row.draft.empty();
+  if (chooser.processors.any() && !drafted) logits = sample::process(logits, row.history, chooser.processors);
+  if (chooser.processors.any() && drafted) {
+    auto before = row.history;
+    std::vector<mx::array> rows;
+    for (int i = 0; i < logits.shape(0); ++i) {
+      if (i > 0) before.push_back(row.draft[i - 1]);
+      rows.push_back(sample::process(mx::slice(logits, {i, 0}, {i + 1, logits.shape(1)}), before, chooser.processors));
+    }
+    logits = mx::concatenate(rows, 0);
+  }
   if (chooser.mask) logits = masked(logits, *chooser.mask);
-  if (chooser.sampling.temperature == 0.f && !chooser.wants_logprobs()) return {chooser.sampler(logits)};
-  const auto logprobs = logits - mx::logsumexp(logits, -1, true);
-  Choice choice{chooser.sampler(logprobs)};
-  if (chooser.wants_logprobs()) {
+  const bool greedy = chooser.sampler.greedy();
+  if (greedy && !chooser.wants_logprobs()) return {drafted ? sample::likeliest(logits) : chooser.sampler(logits)};
+  const auto logprobs = sample::log_probabilities(logits);
+  Choice choice{mx::array(0)};
+  if (drafted && !greedy) {
+    choice.verdict = chooser.sampler.judge(logprobs, row.draft, chooser.draft_probabilities);
+  } else {
+    choice.token = drafted ? sample::likeliest(logprobs) : chooser.sampler(logprobs);
+  }
+  if (chooser.wants_logprobs() && !drafted) {
     const auto chosen = mx::take_along_axis(logprobs, mx::expand_dims(choice.token, 1), -1);
     choice.logprob = mx::astype(mx::reshape(chosen, {}), mx::float32);
   }
-  if (chooser.sampling.want_logprobs || chooser.sampling.top_logprobs > 0) {
-    choice.logprobs = mx::contiguous(mx::astype(mx::reshape(logprobs, {-1}), mx::float32));
+  if (chooser.sampling.want_logprobs || chooser.sampling.top_logprobs > 0 || (drafted && chooser.wants_logprobs())) {
+    choice.logprobs = mx::contiguous(mx::astype(logprobs, mx::float32));
   }
   return choice;
 }
@@ -278,18 +483,18 @@ std::map<std::size_t, ModelRunner::Choice> ModelRunner::choose(const engine::Ste
     const auto& row = plan.rows[i];
     if (row.wanted_rows == 0) continue;
     auto& chooser = *choosers_.at(row.sequence);
-    const auto own = [&](const mx::array& a) { return mx::slice(a, {at, 0}, {at + 1, a.shape(1)}); };
+    const auto own = [&](const mx::array& a) { return mx::slice(a, {at, 0}, {at + row.wanted_rows, a.shape(1)}); };
     try {
       if (chooser.plain()) {
-        if (!likeliest) likeliest = mx::reshape(mx::astype(mx::argmax(logits, -1), mx::int32), {-1, 1});
-        choices.emplace(i, Choice{own(*likeliest)});
+        if (!likeliest) likeliest = mx::reshape(sample::likeliest(logits), {-1, 1});
+        choices.emplace(i, Choice{mx::contiguous(mx::reshape(own(*likeliest), {-1}))});
       } else {
         choices.emplace(i, choose_one(row, chooser, own(logits)));
       }
     } catch (...) {
       result.rows[i].error = engine::current_error();
     }
-    ++at;
+    at += row.wanted_rows;
   }
   return choices;
 }
@@ -308,6 +513,34 @@ std::vector<engine::TokenLogprob> best(std::span<const float> logprobs, int coun
 
 }  // namespace
 
+/** What is to be told about `token`, chosen from the logits of row `row`. */
+engine::ChosenToken ModelRunner::read(const Choice& choice, int row, int token, const engine::Sampling& sampling) {
+  engine::ChosenToken chosen{.token = token};
+  if (choice.logprob) chosen.logprob = mx::array(*choice.logprob).item<float>();
+  if (choice.logprobs) {
+    const auto vocab = static_cast<std::size_t>(choice.logprobs->shape(-1));
+    const std::span all(choice.logprobs->data<float>() + static_cast<std::size_t>(row) * vocab, vocab);
+    if (!choice.logprob) chosen.logprob = all[token];
+    chosen.top = best(all, sampling.top_logprobs);
+    if (sampling.want_logprobs) chosen.logprobs.assign(all.begin(), all.end());
+  }
+  return chosen;
+}
+
+void ModelRunner::read(const engine::PlannedRow& row, const Choice& choice, Chooser& chooser, engine::RowResult& result) {
+  sample::Verdict verdict;
+  if (choice.verdict) {
+    verdict = *choice.verdict;
+  } else {
+    const int* tokens = choice.token.data<int>();
+    while (verdict.accepted < static_cast<int>(row.draft.size()) && tokens[verdict.accepted] == row.draft[verdict.accepted]) ++verdict.accepted;
+    verdict.token = tokens[verdict.accepted];
+  }
+  for (int i = 0; i <= verdict.accepted; ++i) {
+    result.chosen.push_back(read(choice, i, i < verdict.accepted ? row.draft[i] : verdict.token, chooser.sampling));
+  }
+}
+
 engine::StepResult ModelRunner::run(const engine::StepPlan& plan) {
   engine::StepResult result;
   std::vector<std::pair<Chooser*, sample::Sampler>> before;
@@ -320,36 +553,24 @@ engine::StepResult ModelRunner::run(const engine::StepPlan& plan) {
     const auto logits = logits_of(plan);
     const auto choices = choose(plan, logits, result);
     std::vector<mx::array> arrays;
-    for (const auto& [i, choice] : choices) {
-      arrays.push_back(choice.token);
-      if (choice.logprob) arrays.push_back(*choice.logprob);
-      if (choice.logprobs) arrays.push_back(*choice.logprobs);
-    }
+    for (const auto& [i, choice] : choices) choice.add_to(arrays);
     for (const auto& row : plan.rows) {
-      for (const auto& c : held(row.cache).caches) {
+      auto& h = held(row.cache);
+      h.tokens += static_cast<int>(row.tokens.size());
+      if (row.draft.empty()) quantize(h);
+      for (const auto& c : h.caches) {
         if (!c) continue;
         auto state = c->state();
         arrays.insert(arrays.end(), state.begin(), state.end());
       }
     }
     mx::eval(arrays);
-    for (const auto& [i, choice] : choices) {
-      const auto& sampling = choosers_.at(plan.rows[i].sequence)->sampling;
-      engine::ChosenToken chosen{.token = mx::array(choice.token).item<int>()};
-      if (choice.logprob) chosen.logprob = mx::array(*choice.logprob).item<float>();
-      if (choice.logprobs) {
-        const std::span all(choice.logprobs->data<float>(), choice.logprobs->size());
-        chosen.top = best(all, sampling.top_logprobs);
-        if (sampling.want_logprobs) chosen.logprobs.assign(all.begin(), all.end());
-      }
-      result.rows[i].chosen.push_back(std::move(chosen));
-    }
+    for (const auto& [i, choice] : choices) read(plan.rows[i], choice, *choosers_.at(plan.rows[i].sequence), result.rows[i]);
   } catch (...) {
-    settle();
+    end_evaluation();
     for (auto& [chooser, sampler] : before) chooser->sampler = sampler;
     throw;
   }
-  for (const auto& row : plan.rows) held(row.cache).tokens += static_cast<int>(row.tokens.size());
   if (plan.number % kClearEverySteps == 0) mx::clear_cache();
   return result;
 }

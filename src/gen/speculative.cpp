@@ -112,11 +112,16 @@ void Trail::mark(int tokens, bool one_call) {
   }
 }
 
-mx::array Trail::run(const std::vector<int>& tokens, int wanted_rows) {
+std::vector<int> Trail::take_call(const std::vector<int>& tokens) {
   std::vector<int> all = std::move(pending_);
   pending_.clear();
   all.insert(all.end(), tokens.begin(), tokens.end());
   if (marked_) since_.insert(since_.end(), all.begin(), all.end());
+  return all;
+}
+
+mx::array Trail::run(const std::vector<int>& tokens, int wanted_rows) {
+  const auto all = take_call(tokens);
   return model_.run(row_of_tokens(all), {{static_cast<int>(all.size()), wanted_rows, &caches_}});
 }
 
@@ -182,6 +187,10 @@ void NgramDrafter::judge_last(const std::vector<int>& history) {
   constexpr int least = 2, most = 256;
   if (accepted == last_.size()) length_ = std::min(most, std::max(length_, static_cast<int>(accepted) * 2));
   else if (2 * accepted < last_.size()) length_ = std::max(least, length_ / 2);
+  // Where guesses are wrong again and again, they are rarer.
+  constexpr int longest_rest = 16;
+  misses_ = accepted == 0 ? misses_ + 1 : 0;
+  rest_ = misses_ < 4 ? 0 : std::min(longest_rest, 1 << std::min(misses_ - 4, 4));
   last_.clear();
 }
 
@@ -189,6 +198,10 @@ Draft NgramDrafter::propose(const std::vector<int>& history, int most) {
   if (history.size() < 3) return {};
   judge_last(history);
   index(history);
+  if (rest_ > 0) {
+    --rest_;
+    return {};
+  }
   const auto place = match(history);
   if (!place) return {};
   Draft draft;
@@ -222,32 +235,33 @@ std::vector<int> ModelDrafter::own_tokens(const std::vector<int>& tokens) const 
   return own;
 }
 
-/** Takes back what did not come to pass and reads what did; the logits after it, [wanted_rows, V]. */
-mx::array ModelDrafter::catch_up(const std::vector<int>& history, int wanted_rows, const std::function<bool()>& cancelled) {
+/** Takes back what did not come to pass; returns what is to be read, at least the last token, whose logits are wanted. */
+std::vector<int> ModelDrafter::rejoin(const std::vector<int>& history) {
   if (history.size() <= held_surely_) throw Error(Code::internal, "draft", "wanted a history that has grown");
   std::size_t same = held_surely_;
-  // The last token always runs again: its logits are wanted.
   const std::size_t most = std::min(held_.size(), history.size() - 1);
   while (same < most && held_[same] == history[same]) ++same;
   if (held_.size() > held_surely_) trail_.back_to(static_cast<int>(same - held_surely_));
   held_.resize(same);
-  while (true) {
-    const std::size_t from = held_.size(), to = std::min(history.size(), from + prefill_step_tokens_);
-    const std::vector<int> chunk(history.begin() + from, history.begin() + to);
-    const bool last = to == history.size();
-    auto logits = trail_.run(own_tokens(chunk), last ? wanted_rows : 0);
+  return {history.begin() + static_cast<std::ptrdiff_t>(same), history.end()};
+}
+
+/** Reads up to the history's end, but for the last `left` tokens. */
+void ModelDrafter::catch_up(const std::vector<int>& unread, std::size_t left, const std::function<bool()>& cancelled) {
+  for (std::size_t from = 0; unread.size() - from > left && !cancelled();) {
+    const std::size_t to = std::min(unread.size() - (left > 0 ? 1 : 0), from + prefill_step_tokens_);
+    const std::vector<int> chunk(unread.begin() + static_cast<std::ptrdiff_t>(from), unread.begin() + static_cast<std::ptrdiff_t>(to));
+    mx::eval(trail_.run(own_tokens(chunk), 0));
     held_.insert(held_.end(), chunk.begin(), chunk.end());
     held_surely_ = held_.size();
-    if (last && wanted_rows > 0) return logits;
-    mx::eval(logits);
     evaluate_state(caches_);
     mx::clear_cache();
-    if (last || cancelled()) return logits;
+    from = to;
   }
 }
 
 void ModelDrafter::read(const std::vector<int>& prompt, const std::function<bool()>& cancelled) {
-  catch_up(prompt, 0, cancelled);
+  catch_up(rejoin(prompt), 0, cancelled);
 }
 
 /** Logits [1, V'] as the sampler wants them, over the target's vocabulary. */
@@ -258,34 +272,86 @@ mx::array ModelDrafter::scores(mx::array logits, const std::vector<int>& history
     logits = mx::concatenate({logits, mx::full({1, vocab_ - own}, mx::array(-std::numeric_limits<float>::infinity(), logits.dtype()))}, 1);
   }
   if (processors_.any()) logits = sample::process(logits, history, processors_);
-  return sampler_.greedy() ? logits : logits - mx::logsumexp(logits, -1, true);
+  return sampler_.greedy() ? logits : sample::log_probabilities(logits);
+}
+
+/** One draft that is being made. */
+struct ModelDrafter::Drawing {
+  const Wanted* wanted;
+  std::vector<int> next;    // tokens of the next call
+  std::vector<int> so_far;  // history and draft
+  Draft draft{};
+  std::vector<mx::array> probabilities{};
+  std::optional<mx::array> token{};  // drawn, not read yet
+};
+
+void ModelDrafter::draw(const mx::array& logits, Drawing& d) {
+  const auto row = scores(logits, d.so_far);
+  if (sampler_.greedy()) {
+    d.token = sampler_(row);
+  } else {
+    d.probabilities.push_back(sampler_.probabilities(row));
+    d.token = sampler_.draw(d.probabilities.back());
+  }
+}
+
+std::vector<Draft> ModelDrafter::propose_together(const std::vector<Wanted>& wanted) {
+  std::vector<Drawing> drawings;
+  for (const auto& w : wanted) {
+    auto& own = *w.drafter;
+    auto unread = own.rejoin(*w.history);
+    const auto step = static_cast<std::size_t>(own.prefill_step_tokens_);
+    if (unread.size() > step) {
+      own.catch_up(unread, step, [] { return false; });
+      unread.assign(w.history->begin() + static_cast<std::ptrdiff_t>(own.held_.size()), w.history->end());
+    }
+    drawings.push_back({&w, std::move(unread), *w.history});
+  }
+  for (int round = 0;; ++round) {
+    std::vector<Drawing*> active;
+    std::vector<int> tokens;
+    std::vector<model::Segment> segments;
+    for (auto& d : drawings) {
+      if (d.wanted->most <= round) continue;
+      auto& own = *d.wanted->drafter;
+      active.push_back(&d);
+      const auto call = own.trail_.take_call(own.own_tokens(d.next));
+      tokens.insert(tokens.end(), call.begin(), call.end());
+      segments.push_back({static_cast<int>(call.size()), 1, &own.caches_});
+      own.held_.insert(own.held_.end(), d.next.begin(), d.next.end());
+      if (round == 0) own.held_surely_ = own.held_.size();
+    }
+    if (active.empty()) break;
+    auto logits = wanted.front().drafter->model_.run(row_of_tokens(tokens), segments);
+    if (round == 0 && std::ranges::any_of(active, [](const Drawing* d) { return d->wanted->most > 1; })) {
+      mx::eval(logits);  // what may be copied next is complete
+      for (auto* d : active) {
+        if (d->wanted->most > 1) d->wanted->drafter->trail_.mark(d->wanted->most - 1, false);
+      }
+    }
+    std::vector<mx::array> drawn;
+    for (std::size_t i = 0; i < active.size(); ++i) {
+      const int at = static_cast<int>(i);
+      active[i]->wanted->drafter->draw(mx::slice(logits, {at, 0}, {at + 1, logits.shape(1)}), *active[i]);
+      drawn.push_back(*active[i]->token);
+    }
+    mx::eval(drawn);
+    for (auto* d : active) {
+      d->next = {d->token->item<int>()};
+      d->draft.tokens.push_back(d->next.front());
+      d->so_far.push_back(d->next.front());
+    }
+  }
+  std::vector<Draft> drafts;
+  for (auto& d : drawings) {
+    if (!d.probabilities.empty()) d.draft.probabilities = mx::concatenate(d.probabilities, 0);
+    drafts.push_back(std::move(d.draft));
+  }
+  return drafts;
 }
 
 Draft ModelDrafter::propose(const std::vector<int>& history, int most) {
-  Draft draft;
-  std::vector<int> so_far = history;
-  std::vector<mx::array> probabilities;
-  auto logits = catch_up(history, 1, [] { return false; });
-  if (most > 1) {
-    mx::eval(logits);
-    trail_.mark(most - 1, false);
-  }
-  for (int i = 0; i < most; ++i) {
-    if (i > 0) {
-      logits = trail_.run(own_tokens({draft.tokens.back()}), 1);
-      held_.push_back(draft.tokens.back());
-    }
-    const auto row = scores(logits, so_far);
-    if (sampler_.greedy()) {
-      draft.tokens.push_back(sampler_(row).item<int>());
-    } else {
-      probabilities.push_back(sampler_.probabilities(row));
-      draft.tokens.push_back(sampler_.draw(probabilities.back()).item<int>());
-    }
-    so_far.push_back(draft.tokens.back());
-  }
-  if (!probabilities.empty()) draft.probabilities = mx::concatenate(probabilities, 0);
-  return draft;
+  return std::move(propose_together({{this, &history, most}}).front());
 }
 
 }  // namespace mlxlm::gen

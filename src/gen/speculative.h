@@ -32,6 +32,10 @@ class Trail {
   void mark(int tokens, bool one_call);
   /** Logits [wanted_rows, V] of the last rows. */
   mx::array run(const std::vector<int>& tokens, int wanted_rows);
+  /** For a caller that runs the model itself, at once: the tokens of that call, which end with `tokens`. */
+  std::vector<int> take_call(const std::vector<int>& tokens);
+  /** Tokens that were kept and run again with the next call. */
+  int pending() const { return static_cast<int>(pending_.size()); }
   /** Keeps the first `count` tokens that ran since the mark, at least one when they came in one call; takes the mark away. */
   void back_to(int count);
   /** Runs what must run again, so that the caches hold all tokens that were kept. */
@@ -66,7 +70,7 @@ class Drafter {
 };
 
 /** Finds where the text so far ended as it ends now, the longest and then the latest such place, and drafts what came next there.
- *  Drafts grow while they are accepted and shrink when they are not. Reference: prompt lookup decoding (Saxena 2023) */
+ *  Drafts grow while they are accepted, shrink when they are not, and pause when they are all wrong. Reference: prompt lookup decoding (Saxena 2023) */
 class NgramDrafter final : public Drafter {
  public:
   Draft propose(const std::vector<int>& history, int most) override;
@@ -81,6 +85,7 @@ class NgramDrafter final : public Drafter {
   std::vector<int> last_;                     // the last draft,
   std::size_t last_at_ = 0;                   // and the length of the history it was for
   int length_ = 4;                            // of the next draft
+  int misses_ = 0, rest_ = 0;                 // drafts in a row of which nothing was right; calls to come without one
 };
 
 /** Runs a smaller model ahead. Draws with the request's sampler and processors, so that its choices are the target's as often as can be. */
@@ -92,8 +97,19 @@ class ModelDrafter final : public Drafter {
   void read(const std::vector<int>& prompt, const std::function<bool()>& cancelled) override;
   Draft propose(const std::vector<int>& history, int most) override;
 
+  struct Wanted {
+    ModelDrafter* drafter;
+    const std::vector<int>* history;
+    int most;
+  };
+  /** As propose() for each, with one call of the model a token for all. All drafters are of one model. */
+  static std::vector<Draft> propose_together(const std::vector<Wanted>& wanted);
+
  private:
-  mx::array catch_up(const std::vector<int>& history, int wanted_rows, const std::function<bool()>& cancelled);
+  struct Drawing;
+  std::vector<int> rejoin(const std::vector<int>& history);
+  void draw(const mx::array& logits, Drawing& drawing);
+  void catch_up(const std::vector<int>& unread, std::size_t left, const std::function<bool()>& cancelled);
   mx::array scores(mx::array logits, const std::vector<int>& history) const;
   std::vector<int> own_tokens(const std::vector<int>& tokens) const;
 

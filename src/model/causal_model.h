@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -65,8 +66,8 @@ std::unique_ptr<CausalModel> make_model(arch::Model description, weights::Tensor
 
 struct Loaded {
   std::unique_ptr<CausalModel> model;
-  json config;               // config.json merged with generation_config.json
-  json gguf_metadata;        // null unless a GGUF file
+  json config;                                // config.json merged with generation_config.json
+  std::shared_ptr<const json> gguf_metadata;  // null unless a GGUF file
   std::filesystem::path path;
 };
 
@@ -77,6 +78,8 @@ struct LoadOptions {
   Executor executor = Executor::best;
   std::filesystem::path adapter{};  // folder of a trained adapter; empty = none
   bool quantize_activations = false;
+  /** Called when the config is known and before weights are read, so that others can begin. */
+  std::function<void(const json& config, const std::shared_ptr<const json>& gguf_metadata)> on_config{};
 };
 /** A folder with config.json and model*.safetensors, or a .gguf file. Throws every Error of the rooms below. */
 Loaded load(const std::filesystem::path& path, const LoadOptions& options = {});

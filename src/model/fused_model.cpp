@@ -149,6 +149,9 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
       part.keys = memory.plan.keys.data<void>();
       part.values = memory.plan.values.data<void>();
       part.capacity = memory.plan.keys.shape(2);
+      for (const auto& shared : memory.plan.shared) {
+        part.shared.push_back({shared->keys.data<void>(), shared->values.data<void>(), shared->keys.shape(2), shared->rows});
+      }
     }
     part.visible = memory.plan.visible_rows - tokens + piece.first + 1;
     part.window = memory.window;
@@ -170,6 +173,8 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
 namespace {
 
 using namespace fused;
+
+static_assert(cache::shared_block_rows % cpu::attention_block == 0);
 
 class FusedModel final : public CausalModel {
  public:
@@ -307,6 +312,8 @@ class FusedModel final : public CausalModel {
         s.layers[a->layer] = {std::move(where), a->window, planned};
         continue;
       }
+      // Latents are read as one array.
+      if (auto* full = dynamic_cast<cache::KvCache*>(&held); full != nullptr && a->latent) full->unshare();
       const auto* rotating = dynamic_cast<cache::RotatingKvCache*>(&held);
       int window = a->window;
       if (rotating != nullptr) window = segment.tokens == 1 ? 0 : window > 0 ? window : rotating->max_size();

@@ -69,12 +69,15 @@ json load_config(const fs::path& folder) {
 Loaded load(const fs::path& path, const LoadOptions& options) {
   if (!fs::exists(path)) throw Error(Code::not_found, path.string(), "no such folder or file");
   if (fs::is_regular_file(path)) {
-    auto gguf = weights::load_gguf(path);
+    auto gguf = weights::load_gguf(path, true, [&](const weights::Gguf& g) {
+      if (options.on_config) options.on_config(g.config, g.metadata);
+    });
     auto loaded = build(std::move(gguf.config), std::move(gguf.checkpoint.tensors), path, path.string(), options);
     loaded.gguf_metadata = std::move(gguf.metadata);
     return loaded;
   }
   json config = load_config(path);
+  if (options.on_config) options.on_config(config, nullptr);
   return build(std::move(config), weights::load_folder(path).tensors, path, (path / "config.json").string(), options);
 }
 

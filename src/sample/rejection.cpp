@@ -24,7 +24,7 @@ std::vector<float> picked(const mx::array& rows, const std::vector<int>& ids) {
 }
 
 Verdict judge_greedily(const mx::array& logprobs, const std::vector<int>& draft) {
-  auto best = mx::astype(mx::argmax(logprobs, -1), mx::int32);
+  auto best = likeliest(logprobs);
   mx::eval(best);
   const int* tokens = best.data<int>();
   int accepted = 0;

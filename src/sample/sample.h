@@ -33,6 +33,11 @@ struct Verdict {
   int accepted = 0, token = 0;
 };
 
+/** logits [B, V] -> float32 [B, V]. In float32 whatever the logits are: the reference normalizes in their dtype, and float16 rounds what it samples from. */
+mx::array log_probabilities(const mx::array& logits);
+/** [B, V] -> int32 [B]. */
+mx::array likeliest(const mx::array& logits);
+
 /** A sampler with a random state of its own. Thread: the one that owns MLX. */
 class Sampler {
  public:
@@ -54,6 +59,7 @@ class Sampler {
  private:
   mx::array next_key();
   mx::array filtered(const mx::array& logprobs);
+  bool has_kernel(const mx::array& logprobs) const;
   SamplerOptions options_;
   mx::array key_;
 };

@@ -8,6 +8,7 @@
 #include <mlx/random.h>
 
 #include "base/error.h"
+#include "kernels/cpu/kernels.h"
 #include "sample/sample.h"
 
 namespace mlxlm::sample {
@@ -137,8 +138,29 @@ mx::array Sampler::filtered(const mx::array& logprobs) {
   return x * mx::array(static_cast<float>(1.0 / static_cast<double>(options_.temperature)), x.dtype());
 }
 
+/** Whether kernels::cpu::draw does all that is asked for. */
+bool Sampler::has_kernel(const mx::array& logprobs) const {
+  return kernels::cpu::active() && logprobs.ndim() == 2 && logprobs.dtype() == mx::float32 && options_.xtc_probability == 0.f &&
+         (options_.min_p == 0.f || options_.min_tokens_to_keep == 1);
+}
+
+mx::array log_probabilities(const mx::array& logits) {
+  if (kernels::cpu::active() && logits.ndim() == 2) return kernels::cpu::log_softmax(logits);
+  const auto x = mx::astype(logits, mx::float32);
+  return x - mx::logsumexp(x, -1, true);
+}
+
+mx::array likeliest(const mx::array& logits) {
+  if (kernels::cpu::active() && logits.ndim() == 2) return kernels::cpu::argmax(logits);
+  return mx::astype(mx::argmax(logits, -1), mx::int32);
+}
+
 mx::array Sampler::operator()(const mx::array& logprobs) {
-  if (greedy()) return mx::astype(mx::argmax(logprobs, -1), mx::int32);
+  if (greedy()) return likeliest(logprobs);
+  if (has_kernel(logprobs)) {
+    return kernels::cpu::draw(logprobs, next_key(),
+                              {.temperature = options_.temperature, .top_p = options_.top_p, .min_p = options_.min_p, .top_k = options_.top_k});
+  }
   const auto scores = filtered(logprobs);
   return mx::astype(mx::random::categorical(scores, -1, next_key()), mx::int32);
 }

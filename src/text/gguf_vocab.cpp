@@ -1,4 +1,4 @@
-// GGUF vocabularies as tokenizer.json. Reference: llama.cpp src/llama-vocab.cpp; transformers convert_slow_tokenizer.py (merges)
+// GGUF vocabularies as tokenizers. Reference: llama.cpp src/llama-vocab.cpp; transformers convert_slow_tokenizer.py (merges)
 #include "text/gguf_vocab.h"
 
 #include <algorithm>
@@ -108,14 +108,6 @@ Vocabulary read_vocabulary(const json& metadata) {
   return out;
 }
 
-json vocabulary_json(const Vocabulary& vocabulary) {
-  json out = json::object();
-  auto& entries = out.get_ref<json::object_t&>();
-  for (std::size_t i = 0; i < vocabulary.tokens.size(); ++i)  // not operator[]: ordered_json looks through all keys
-    if (vocabulary.ids.at(vocabulary.tokens[i]) == static_cast<int>(i)) entries.push_back({vocabulary.tokens[i], json(i)});
-  return out;
-}
-
 json added_tokens_json(const Vocabulary& vocabulary) {
   json out = json::array();
   for (std::size_t i = 0; i < vocabulary.tokens.size(); ++i) {
@@ -133,22 +125,26 @@ json added_tokens_json(const Vocabulary& vocabulary) {
   return out;
 }
 
-json bpe_merges(const json& metadata, const Vocabulary& vocabulary) {
-  json out = json::array();
+using Merges = std::vector<std::array<uint32_t, 2>>;
+
+Merges bpe_merges(const json& metadata, const Vocabulary& vocabulary) {
+  Merges out;
+  std::string whole;
   for (const auto& merge : array_of(metadata, "tokenizer.ggml.merges")) {
     if (!merge.is_string()) throw Error(Code::bad_config, "tokenizer.ggml.merges", "got a merge that is no string");
-    const auto& text = merge.get_ref<const std::string&>();
+    const std::string_view text = merge.get_ref<const std::string&>();
     const auto space = text.find(' ', 1);
-    if (space == std::string::npos) continue;
-    std::string left = text.substr(0, space), right = text.substr(space + 1);
-    if (vocabulary.ids.contains(left) && vocabulary.ids.contains(right) && vocabulary.ids.contains(left + right))
-      out.push_back({std::move(left), std::move(right)});
+    if (space == std::string_view::npos) continue;
+    const auto left = vocabulary.ids.find(text.substr(0, space)), right = vocabulary.ids.find(text.substr(space + 1));
+    if (left == vocabulary.ids.end() || right == vocabulary.ids.end()) continue;
+    whole.assign(left->first).append(right->first);
+    if (vocabulary.ids.contains(whole)) out.push_back({static_cast<uint32_t>(left->second), static_cast<uint32_t>(right->second)});
   }
   return out;
 }
 
 /** Merges that rank as SentencePiece's scores do: every way to split a piece in two, best piece first. */
-json score_merges(const json& metadata, const Vocabulary& vocabulary) {
+Merges score_merges(const json& metadata, const Vocabulary& vocabulary) {
   const json& scores = array_of(metadata, "tokenizer.ggml.scores");
   if (scores.size() != vocabulary.tokens.size())
     throw Error(Code::bad_config, "tokenizer.ggml.scores", "its length is not that of tokenizer.ggml.tokens");
@@ -168,27 +164,27 @@ json score_merges(const json& metadata, const Vocabulary& vocabulary) {
     }
   }
   std::stable_sort(merges.begin(), merges.end(), [](const Merge& a, const Merge& b) { return a.score > b.score; });
-  json out = json::array();
-  for (const auto& m : merges)
-    out.push_back({vocabulary.tokens[static_cast<std::size_t>(m.left)], vocabulary.tokens[static_cast<std::size_t>(m.right)]});
+  Merges out;
+  for (const auto& m : merges) out.push_back({static_cast<uint32_t>(m.left), static_cast<uint32_t>(m.right)});
   return out;
 }
 
-json bpe_model(json vocabulary, json merges) {
-  return {{"type", "BPE"},
-          {"dropout", nullptr},
-          {"unk_token", nullptr},
-          {"continuing_subword_prefix", nullptr},
-          {"end_of_word_suffix", nullptr},
-          {"fuse_unk", false},
-          {"byte_fallback", false},
-          {"ignore_merges", false},
-          {"vocab", std::move(vocabulary)},
-          {"merges", std::move(merges)}};
+json bpe_options() {
+  return {{"type", "BPE"},      {"dropout", nullptr},      {"unk_token", nullptr},     {"continuing_subword_prefix", nullptr}, {"end_of_word_suffix", nullptr},
+          {"fuse_unk", false}, {"byte_fallback", false}, {"ignore_merges", false}, {"vocab", json::object()},              {"merges", json::array()}};
 }
 
-json gpt2_tokenizer(const json& metadata, const Vocabulary& vocabulary, const PreTokenizer& pre) {
-  json model = bpe_model(vocabulary_json(vocabulary), bpe_merges(metadata, vocabulary));
+BytePairs byte_pairs(const json& tokenizer, const Vocabulary& vocabulary, Merges merges) {
+  BytePairs out{.tokenizer_json = to_text(tokenizer), .merges = std::move(merges)};
+  for (const auto& token : vocabulary.tokens) {
+    out.token_text += token;
+    out.token_ends.push_back(out.token_text.size());
+  }
+  return out;
+}
+
+json gpt2_tokenizer(const Vocabulary& vocabulary, const PreTokenizer& pre) {
+  json model = bpe_options();
   model["ignore_merges"] = pre.ignore_merges;
   return {{"version", "1.0"},
           {"added_tokens", added_tokens_json(vocabulary)},
@@ -199,8 +195,8 @@ json gpt2_tokenizer(const json& metadata, const Vocabulary& vocabulary, const Pr
           {"model", std::move(model)}};
 }
 
-json spm_tokenizer(const json& metadata, const Vocabulary& vocabulary, bool space_prefix) {
-  json model = bpe_model(vocabulary_json(vocabulary), score_merges(metadata, vocabulary));
+json spm_tokenizer(const Vocabulary& vocabulary, bool space_prefix) {
+  json model = bpe_options();
   model["fuse_unk"] = true;
   model["byte_fallback"] = true;
   for (std::size_t i = 0; i < vocabulary.types.size(); ++i)
@@ -246,7 +242,7 @@ json config_of(const json& metadata, const Vocabulary& vocabulary, bool add_bos)
 
 }  // namespace
 
-GgufTokenizerFiles tokenizer_files_from_gguf(const json& metadata) {
+GgufTokenizer tokenizer_from_gguf(const json& metadata) {
   const json* model = metadata.is_object() ? find(metadata, "tokenizer.ggml.model") : nullptr;
   if (!model || !model->is_string()) throw Error(Code::bad_config, "tokenizer.ggml.model", "missing, wanted a string");
   const auto& kind = model->get_ref<const std::string&>();
@@ -254,11 +250,11 @@ GgufTokenizerFiles tokenizer_files_from_gguf(const json& metadata) {
   const Vocabulary vocabulary = read_vocabulary(metadata);
   if (kind == "llama") {
     const bool space_prefix = flag_of(metadata, "tokenizer.ggml.add_space_prefix", true);
-    return {to_text(spm_tokenizer(metadata, vocabulary, space_prefix)), config_of(metadata, vocabulary, true)};
+    return {byte_pairs(spm_tokenizer(vocabulary, space_prefix), vocabulary, score_merges(metadata, vocabulary)), config_of(metadata, vocabulary, true)};
   }
   const json* name = find(metadata, "tokenizer.ggml.pre");
   const PreTokenizer& pre = find_pre_tokenizer(name && name->is_string() ? name->get<std::string>() : "default");
-  return {to_text(gpt2_tokenizer(metadata, vocabulary, pre)), config_of(metadata, vocabulary, pre.add_bos)};
+  return {byte_pairs(gpt2_tokenizer(vocabulary, pre), vocabulary, bpe_merges(metadata, vocabulary)), config_of(metadata, vocabulary, pre.add_bos)};
 }
 
 }  // namespace mlxlm::text

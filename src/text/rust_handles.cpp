@@ -33,6 +33,15 @@ HfTokenizer::HfTokenizer(std::string_view tokenizer_json, std::string_view where
   handle_ = std::shared_ptr<MlxlmTokenizer>(raw, mlxlm_tokenizer_free);
 }
 
+HfTokenizer::HfTokenizer(const BytePairs& model, std::string_view where) {
+  MlxlmTokenizer* raw = nullptr;
+  MlxlmString error{};
+  check(mlxlm_tokenizer_new_bpe(model.tokenizer_json.data(), model.tokenizer_json.size(), model.token_text.data(), model.token_ends.data(),
+                                model.token_ends.size(), reinterpret_cast<const uint32_t*>(model.merges.data()), model.merges.size(), &raw, &error),
+        error, Code::bad_config, where);
+  handle_ = std::shared_ptr<MlxlmTokenizer>(raw, mlxlm_tokenizer_free);
+}
+
 void HfTokenizer::add_token(std::string_view token, bool special, bool normalized, bool lstrip, bool rstrip) {
   MlxlmString error{};
   check(mlxlm_tokenizer_add_token(handle_.get(), token.data(), token.size(), special, normalized, lstrip, rstrip, &error), error,
@@ -82,10 +91,10 @@ json HfTokenizer::decoder() const {
   return parse_json(take(out), "decoder");
 }
 
-std::vector<VocabularyEntry> HfTokenizer::vocabulary() const {
+std::vector<VocabularyEntry> HfTokenizer::vocabulary(bool only_added) const {
   MlxlmVocabulary raw{};
   MlxlmString error{};
-  check(mlxlm_tokenizer_vocabulary(handle_.get(), &raw, &error), error, Code::bad_config, "vocabulary");
+  check(mlxlm_tokenizer_vocabulary(handle_.get(), only_added, &raw, &error), error, Code::bad_config, "vocabulary");
   std::vector<VocabularyEntry> out(raw.count);
   for (std::size_t i = 0; i < raw.count; ++i)
     out[i] = {std::string(raw.text + raw.offsets[i], raw.text + raw.offsets[i + 1]), (raw.flags[i] & 1) != 0, (raw.flags[i] & 2) != 0,

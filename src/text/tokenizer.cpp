@@ -100,7 +100,7 @@ std::string_view detokenizer_kind_of(const json& decoder) {
 
 void Tokenizer::Impl::read_special_tokens(const json& tokenizer_config, const json& special_tokens_map) {
   std::set<std::string> added;
-  for (const auto& entry : hf.vocabulary())
+  for (const auto& entry : hf.vocabulary(true))
     if (entry.added) added.insert(entry.text);
   if (const auto decoder = tokenizer_config.find("added_tokens_decoder"); decoder != tokenizer_config.end() && decoder->is_object())
     for (const auto& [id, token] : decoder->items())
@@ -176,8 +176,8 @@ Tokenizer Tokenizer::from_folder(const std::filesystem::path& folder, const json
 }
 
 Tokenizer Tokenizer::from_gguf(const json& metadata, const json& config) {
-  const GgufTokenizerFiles files = tokenizer_files_from_gguf(metadata);
-  auto impl = std::make_unique<Impl>(HfTokenizer(files.tokenizer_json, "GGUF vocabulary"));
+  const GgufTokenizer files = tokenizer_from_gguf(metadata);
+  auto impl = std::make_unique<Impl>(HfTokenizer(files.model, "GGUF vocabulary"));
   impl->read_special_tokens(files.tokenizer_config, json::object());
   if (files.tokenizer_config.contains("chat_template")) impl->templates.set(files.tokenizer_config["chat_template"]);
   impl->read_eos(config.is_object() && config.contains("eos_token_id") ? config["eos_token_id"] : json());

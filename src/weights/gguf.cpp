@@ -4,8 +4,12 @@
 #include <cstring>
 #include <map>
 
+#include <mlx/allocator.h>
+#include <mlx/primitives.h>
+
 #include "base/error.h"
 #include "base/text_util.h"
+#include "base/thread_pool.h"
 #include "weights/gguf_reader.h"
 #include "weights/mapped_array.h"
 #include "weights/names.h"
@@ -110,32 +114,56 @@ void put(uint8_t* out, int64_t index, float value, bool as_float) {
   else std::memcpy(out + 2 * index, &half, 2);
 }
 
-void add_quantized(const GgufTensor& t, const std::string& path, int64_t heads, Tensors& out) {
-  const auto type = static_cast<GgufType>(t.type);
-  const int bits = type == GgufType::q8_0 ? 8 : 4;
-  const int64_t block_bytes = block_bytes_of(type);
-  const int64_t k = t.shape.back(), rows = t.shape[0], groups = k / 32, code_bytes = k * bits / 8;
-  const int r = static_cast<int>(rows), g = static_cast<int>(groups);
-  const bool as_float = bias_overflows(t);
-  auto codes = filled_array({r, static_cast<int>(code_bytes / 4)}, mx::uint32, [](void*) {});
-  auto scales = filled_array({r, g}, as_float ? mx::float32 : mx::float16, [](void*) {});
-  auto biases = filled_array({r, g}, as_float ? mx::float32 : mx::float16, [](void*) {});
-  auto* c = codes.data<uint8_t>();
-  auto *s = scales.data<uint8_t>(), *b = biases.data<uint8_t>();
-  for (int64_t row = 0; row < rows; ++row) {
-    const uint8_t* in = t.data + source_row(row, rows, heads) * groups * block_bytes;
-    for (int64_t i = 0; i < groups; ++i, in += block_bytes) {
-      uint16_t halves[2];
-      std::memcpy(halves, in, 4);
-      const float scale = half_to_float(halves[0]);
-      convert_codes(type, in, c + row * code_bytes + i * 4 * bits);
-      put(s, row * groups + i, scale, as_float);
-      put(b, row * groups + i, type == GgufType::q4_1 ? half_to_float(halves[1]) : scale * (bits == 8 ? -128.f : -8.f), as_float);
-    }
+/** Blocks of a mapped file -> codes, scales and biases, when they are asked for: so that a model is never in memory as blocks, in MLX's layout and packed all
+ *  at once. */
+class ConvertBlocks final : public mx::Primitive {
+ public:
+  ConvertBlocks(mx::Stream stream, GgufTensor tensor, std::shared_ptr<const MappedFile> file, int64_t heads)
+      : Primitive(stream), tensor_(std::move(tensor)), file_(std::move(file)), heads_(heads) {}
+
+  void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>& outputs) override {
+    for (auto& out : outputs) out.set_data(mx::allocator::malloc(out.nbytes()));
+    const auto type = static_cast<GgufType>(tensor_.type);
+    const int bits = type == GgufType::q8_0 ? 8 : 4;
+    const int64_t block_bytes = block_bytes_of(type), rows = tensor_.shape[0], groups = tensor_.shape[1] / 32, code_bytes = tensor_.shape[1] * bits / 8;
+    const bool as_float = outputs[1].dtype() == mx::float32;
+    auto *codes = outputs[0].data<uint8_t>(), *scales = outputs[1].data<uint8_t>(), *biases = outputs[2].data<uint8_t>();
+    constexpr int64_t rows_a_chunk = 64;
+    compute_pool().parallel_for(static_cast<int>((rows + rows_a_chunk - 1) / rows_a_chunk), [&](int chunk, int) {
+      for (int64_t row = chunk * rows_a_chunk; row < std::min(rows, (chunk + 1) * rows_a_chunk); ++row) {
+        const uint8_t* in = tensor_.data + source_row(row, rows, heads_) * groups * block_bytes;
+        for (int64_t i = 0; i < groups; ++i, in += block_bytes) {
+          uint16_t halves[2];
+          std::memcpy(halves, in, 4);
+          const float scale = half_to_float(halves[0]);
+          convert_codes(type, in, codes + row * code_bytes + i * 4 * bits);
+          put(scales, row * groups + i, scale, as_float);
+          put(biases, row * groups + i, type == GgufType::q4_1 ? half_to_float(halves[1]) : scale * (bits == 8 ? -128.f : -8.f), as_float);
+        }
+      }
+    });
+    release_pages(*file_, tensor_.file_offset, tensor_.bytes);
   }
-  out.insert_or_assign(path + ".weight", codes);
-  out.insert_or_assign(path + ".scales", scales);
-  out.insert_or_assign(path + ".biases", biases);
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw Error(Code::internal, "gguf", "blocks are converted on the CPU");
+  }
+  const char* name() const override { return "ConvertBlocks"; }
+
+ private:
+  GgufTensor tensor_;
+  std::shared_ptr<const MappedFile> file_;
+  int64_t heads_;
+};
+
+void add_quantized(const GgufTensor& t, const std::shared_ptr<const MappedFile>& file, const std::string& path, int64_t heads, Tensors& out) {
+  const int bits = static_cast<GgufType>(t.type) == GgufType::q8_0 ? 8 : 4;
+  const int rows = static_cast<int>(t.shape[0]), groups = static_cast<int>(t.shape[1] / 32);
+  const auto dtype = bias_overflows(t) ? mx::float32 : mx::float16;
+  const auto arrays = mx::array::make_arrays({{rows, groups * bits}, {rows, groups}, {rows, groups}}, {mx::uint32, dtype, dtype},
+                                             std::make_shared<ConvertBlocks>(mx::default_stream(mx::Device::cpu), t, file, heads), {});
+  out.insert_or_assign(path + ".weight", arrays[0]);
+  out.insert_or_assign(path + ".scales", arrays[1]);
+  out.insert_or_assign(path + ".biases", arrays[2]);
 }
 
 /** Vectors of float32 beside quantized matrices become float16 where they fit. */
@@ -236,8 +264,7 @@ int64_t permuted_heads(const GgufTensor& t, const json& config, const std::strin
 void add_tensor(const GgufTensor& t, const GgufFile& file, const std::string& name, const Family& family, int64_t heads, bool any_quantized,
                 Tensors& out) {
   if (is_quantized(t.type)) {
-    add_quantized(t, name.substr(0, name.rfind('.')), heads, out);
-    release_pages(*file.mapped, t.file_offset, t.bytes);
+    add_quantized(t, file.mapped, name.substr(0, name.rfind('.')), heads, out);
   } else {
     const bool norm = name.ends_with("norm.weight");
     out.insert_or_assign(name, dense(t, file.mapped, heads, norm && family.norm_plus_one, any_quantized));
@@ -246,7 +273,7 @@ void add_tensor(const GgufTensor& t, const GgufFile& file, const std::string& na
 
 }  // namespace
 
-Gguf load_gguf(const std::filesystem::path& path, bool with_tensors) {
+Gguf load_gguf(const std::filesystem::path& path, bool with_tensors, const std::function<void(const Gguf&)>& described) {
   GgufFile file = read_gguf(path);
   const std::string where = path.string();
   const auto it = file.metadata.find("general.architecture");
@@ -255,10 +282,11 @@ Gguf load_gguf(const std::filesystem::path& path, bool with_tensors) {
   if (family == families.end()) {
     throw Error(Code::unsupported, where, "general.architecture: got '" + shown_name(architecture) + "', wanted llama, qwen2, qwen3 or gemma3");
   }
-  Gguf model{read_config(file, architecture, where), json::object(), {}};
+  Gguf model{read_config(file, architecture, where), nullptr, {}};
   model.checkpoint.file_bytes = static_cast<int64_t>(file.mapped->bytes().size());
   const bool any_quantized = std::ranges::any_of(file.tensors, [](const GgufTensor& t) { return is_quantized(t.type); });
   json quantization = {{"group_size", 32}, {"bits", 4}};
+  std::vector<int64_t> heads;
   for (const auto& t : file.tensors) {
     const std::string name = mlx_name(t.name, architecture), at = where + ": " + shown_name(t.name);
     if (name.empty()) throw Error(Code::unsupported, at, "a tensor that " + architecture + " does not have here");
@@ -268,11 +296,15 @@ Gguf load_gguf(const std::filesystem::path& path, bool with_tensors) {
       // Names are unique, and json's own insertion compares with every key before it.
       quantization.get_ref<json::object_t&>().Container::emplace_back(name.substr(0, name.rfind('.')), json({{"group_size", 32}, {"bits", 8}}));
     }
-    const int64_t heads = family->second.permuted_qk ? permuted_heads(t, model.config, where) : 0;
-    if (with_tensors) add_tensor(t, file, name, family->second, heads, any_quantized, model.checkpoint.tensors);
+    heads.push_back(family->second.permuted_qk ? permuted_heads(t, model.config, where) : 0);
   }
   if (any_quantized) model.config["quantization"] = std::move(quantization);
-  model.metadata = std::move(file.metadata);  // a vocabulary: not twice
+  model.metadata = std::make_shared<const json>(std::move(file.metadata));
+  if (described) described(model);
+  for (std::size_t i = 0; with_tensors && i < file.tensors.size(); ++i) {
+    const auto& t = file.tensors[i];
+    add_tensor(t, file, mlx_name(t.name, architecture), family->second, heads[i], any_quantized, model.checkpoint.tensors);
+  }
   return model;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -65,10 +66,11 @@ std::map<std::string, plan::Quant> check(const Tensors& tensors, const arch::Mod
 /** A GGUF file as MLX names it: config.json-like object, tensors under mlx_lm's paths (F32, F16, BF16 as they are; Q4_0, Q4_1, Q8_0 as affine
  *  group 32 without loss), and tokenizer metadata for text::Tokenizer::from_gguf. Throws Error(bad_weights), Error(unsupported). */
 struct Gguf {
-  json config;     // model_type, sizes, quantization
-  json metadata;   // all key/values; long arrays included
+  json config;                           // model_type, sizes, quantization
+  std::shared_ptr<const json> metadata;  // all key/values; long arrays included
   Checkpoint checkpoint;
 };
-Gguf load_gguf(const std::filesystem::path& file, bool with_tensors = true);
+/** `described` is called when all but the tensors is known. */
+Gguf load_gguf(const std::filesystem::path& file, bool with_tensors = true, const std::function<void(const Gguf&)>& described = {});
 
 }  // namespace mlxlm::weights

@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from tiny_model import IM_END, PROGRAM, environment, run, write_model
+from tiny_model import CONFIG, IM_END, PROGRAM, environment, random_weights, run, write_model
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,32 @@ def test_the_answers_of_generate_in_input_order(model, tmp_path):
         alone = json.loads(run("generate", "--model", model, "-p", line["prompt"], "--json", *args).stdout)
         for key in ("text", "tokens", "finish_reason", "prompt_tokens", "generation_tokens"):
             assert a[key] == alone[key], key
+
+
+def test_quantized_caches_and_drafts_as_alone(tmp_path):
+    config = CONFIG | {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = write_model(tmp_path / "model", config, random_weights(config))
+    small = config | {"num_hidden_layers": 1}
+    draft = write_model(tmp_path / "draft", small, random_weights(small))
+    lines = [{"prompt": "hello " * n, "max_tokens": 16} for n in (1, 5, 9)]
+    lines.append(lines[1] | {"kv_bits": 0, "num_draft_tokens": 0})
+    for flags in (
+        ["--kv-bits", 4, "--kv-group-size", 32, "--quantized-kv-start", 20],
+        ["--kv-bits", 8, "--kv-group-size", 32, "--quantized-kv-start", 0, "--max-kv-size", 24],
+        ["--ngram-draft-tokens", 6],
+        ["--draft-model", draft, "--num-draft-tokens", 4],
+    ):
+        result = run("batch_generate", "--model", model, "--prompts", write(tmp_path, *lines), *flags)
+        assert result.returncode == 0, result.stderr
+        got = answers(result)
+        for line, a in zip(lines[:3], got):
+            alone = json.loads(run("generate", "--model", model, "-p", line["prompt"], "--json", "-m", 16, *flags).stdout)
+            assert a["tokens"] == alone["tokens"], flags
+        assert ("\nDrafts: " in result.stderr) == (flags[0] == "--draft-model")
+    assert run("batch_generate", "--model", model, "--prompts", write(tmp_path, *lines), "--kv-bits", 4).returncode == 1  # in groups of 64
+    for bad in ({"kv_bits": 7}, {"ngram_draft_tokens": 300}, {"num_draft_tokens": 3}, {"quantized_kv_start": -1}):
+        result = run("batch_generate", "--model", model, "--prompts", write(tmp_path, {"prompt": "x"} | bad, lines[0]))
+        assert result.returncode == 1 and "error" in answers(result)[0] and "error" not in answers(result)[1], bad
 
 
 def test_broken_lines_are_named_and_the_others_answered(model, tmp_path):

@@ -59,6 +59,21 @@ def contents(messages, role):
 # --- from a pipe -------------------------------------------------------------------------------------------------------------------
 
 
+def test_drafts_leave_the_conversation_as_it_is(model, tmp_path):
+    config = CONFIG | {"num_hidden_layers": 1}
+    draft = write_model(tmp_path / "draft", config, random_weights(config))
+    lines = "hello\nhello hello\nand again"
+    plain = talk(model, tmp_path, lines, tokens=20)
+    for flags in (["--draft-model", draft, "--num-draft-tokens", 4], ["--draft-model", model], ["--ngram-draft-tokens", 6]):
+        assert talk(model, tmp_path, lines, *flags, tokens=20) == plain, flags
+    assert talk(model, tmp_path, lines, "--max-kv-size", 40, tokens=20) == talk(model, tmp_path, lines, "--max-kv-size", 40, "--ngram-draft-tokens", 6, tokens=20)
+    result = piped(model, "hello\n", "--ngram-draft-tokens", 1000)
+    assert result.returncode == 1 and b"ngram_draft_tokens" in result.stderr
+    result = piped(model, "hello\n", "--draft-model", draft, "--ngram-draft-tokens", 2)
+    assert result.returncode == 1 and b"wanted one of them" in result.stderr
+
+
+
 def test_turns(model, tmp_path):
     messages = talk(model, tmp_path, "hello\nand then?\nlast")
     assert [m["role"] for m in messages] == ["user", "assistant"] * 3

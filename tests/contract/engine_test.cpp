@@ -358,7 +358,7 @@ TEST(Engine, CachesAreHandedOverAndTakenUp) {
   EXPECT_SOUND(b);
   EXPECT_EQ(b.answers[second], std::vector<int>(whole.begin() + 4, whole.end()));
   // A refused request frees what it was given.
-  const auto given = b.runner.reserve(5, 0);
+  const auto given = b.runner.reserve(5, {});
   EXPECT_THROW(b.submit({.tokens = {1}, .cache = given, .cache_tokens = {1, 2}}), Error);
   EXPECT_FALSE(b.runner.caches.contains(given));
 }

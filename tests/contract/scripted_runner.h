@@ -23,21 +23,27 @@ class ScriptedRunner final : public Runner {
  public:
   struct Cache {
     std::vector<int> tokens;
-    int max_kv = 0;
+    CacheOptions options{};
+    int undecided = 0;  // of a draft: keep() is to come
   };
 
-  void check(std::span<const int> tokens, const Sampling& sampling) const override {
+  void check(std::span<const int> tokens, const Sampling& sampling, const CacheOptions& cache, const Drafts& drafts) const override {
+    if (cache.kv_bits < 0 || cache.kv_bits > 8) throw Error(Code::bad_request, "kv_bits", "too many");
+    if (drafts.model_tokens > 0 && !guess) throw Error(Code::bad_request, "num_draft_tokens", "no draft model");
     for (const int t : tokens) {
       if (t < 0 || t >= 1000) throw Error(Code::bad_request, "prompt", "token out of the vocabulary");
     }
     if (sampling.top_k >= 1000) throw Error(Code::bad_request, "top_k", "too many");
   }
-  int64_t cost_bytes(int64_t tokens, int max_kv) const override { return 10 + bytes_per_token * (max_kv > 0 ? std::min<int64_t>(tokens, max_kv) : tokens); }
-  CacheId reserve(int64_t, int max_kv) override {
+  int64_t cost_bytes(int64_t tokens, const CacheOptions& o) const override {
+    return 10 + bytes_per_token * (o.max_kv_size_tokens > 0 ? std::min<int64_t>(tokens, o.max_kv_size_tokens) : tokens);
+  }
+  CacheId reserve(int64_t, const CacheOptions& options) override {
     if (reserve_fails) throw std::bad_alloc();
-    caches[++last] = {{}, max_kv};
+    caches[++last] = {{}, options};
     return last;
   }
+  void adapt(CacheId cache, const CacheOptions& options) override { caches.at(cache).options = options; }
   CacheId copy(CacheId cache, int tokens) override {
     if (copy_fails) throw std::bad_alloc();
     auto made = caches.at(cache);
@@ -54,11 +60,29 @@ class ScriptedRunner final : public Runner {
   CacheInfo info(CacheId cache) const override {
     const auto& c = caches.at(cache);
     const auto n = static_cast<int>(c.tokens.size());
-    return {n, trimmable && (c.max_kv == 0 || n < c.max_kv), n == 0 ? 0 : cost_bytes(n, c.max_kv)};
+    const int limit = c.options.max_kv_size_tokens;
+    return {n, trimmable && (limit == 0 || n < limit), n == 0 ? 0 : cost_bytes(n, c.options)};
   }
-  void begin(SequenceId id, const Sampling& sampling, std::shared_ptr<TokenMask>) override { samplings[id] = sampling; }
+  void begin(SequenceId id, const Sampling& sampling, std::shared_ptr<TokenMask>, const Drafts&) override { samplings[id] = sampling; }
   void end(SequenceId id) noexcept override {
     if (samplings.erase(id) == 0) ++bad_ends;
+  }
+
+  std::vector<std::vector<int>> draft(const std::vector<DraftWanted>& wanted) override {
+    std::vector<std::vector<int>> drafts;
+    for (const auto& w : wanted) {
+      if (std::ranges::equal(w.tokens, caches.at(w.cache).tokens)) throw std::logic_error("a draft for a sequence that is not decoding");
+      drafts.push_back(guess ? guess(w, samplings.at(w.sequence)) : std::vector<int>{});
+    }
+    return drafts;
+  }
+  void keep(CacheId cache, int tokens) override {
+    auto& c = caches.at(cache);
+    const int least = static_cast<int>(c.tokens.size()) - c.undecided;
+    if (c.undecided == 0 || tokens < least || tokens > static_cast<int>(c.tokens.size())) ++bad_keeps;
+    c.tokens.resize(tokens);
+    c.undecided = 0;
+    if (keep_fails) throw std::bad_alloc();
   }
 
   StepResult run(const StepPlan& plan) override {
@@ -69,14 +93,22 @@ class ScriptedRunner final : public Runner {
     for (const auto& row : plan.rows) {
       if (!used.insert(row.cache).second) throw std::logic_error("a cache twice in a step");
       if (row.tokens.empty()) throw std::logic_error("an empty row");
+      if (caches.at(row.cache).undecided > 0) throw std::logic_error("a draft that nobody decided on");
       auto& held = caches.at(row.cache).tokens;
       held.insert(held.end(), row.tokens.begin(), row.tokens.end());
       RowResult r{.sequence = row.sequence};
       if (row_fails && row_fails(row)) {
         r.error = Error(Code::internal, "row", "scripted");
       } else if (row.wanted_rows > 0) {
-        const int token = scripted_token(held, samplings.at(row.sequence));
-        r.chosen.push_back({.token = token});
+        if (row.wanted_rows != 1 + static_cast<int>(row.draft.size())) throw std::logic_error("wanted rows that do not fit the draft");
+        auto seen = held;
+        for (std::size_t i = 0; i <= row.draft.size(); ++i) {
+          r.chosen.push_back({.token = scripted_token(seen, samplings.at(row.sequence))});
+          if (i == row.draft.size() || r.chosen.back().token != row.draft[i]) break;
+          seen.push_back(row.draft[i]);
+        }
+        held.insert(held.end(), row.draft.begin(), row.draft.end());
+        caches.at(row.cache).undecided = static_cast<int>(row.draft.size());
       }
       result.rows.push_back(std::move(r));
     }
@@ -86,7 +118,8 @@ class ScriptedRunner final : public Runner {
   }
 
   int64_t bytes_per_token = 4;
-  bool trimmable = true, reserve_fails = false, copy_fails = false;
+  bool trimmable = true, reserve_fails = false, copy_fails = false, keep_fails = false;
+  std::function<std::vector<int>(const DraftWanted&, const Sampling&)> guess;  // the draft model
   std::function<void(const StepPlan&)> before_run;
   std::function<bool(const PlannedRow&)> row_fails;
   std::function<bool(const StepPlan&)> step_fails;
@@ -95,7 +128,7 @@ class ScriptedRunner final : public Runner {
   std::map<SequenceId, Sampling> samplings;
   std::vector<StepPlan> plans;
   CacheId last = 0;
-  int bad_frees = 0, bad_ends = 0, copies = 0;
+  int bad_frees = 0, bad_ends = 0, bad_keeps = 0, copies = 0;
 };
 
 /** What a request gives alone, straight from the script. */
@@ -140,6 +173,10 @@ struct Bench {
     for (const auto& q : snapshot.sequences) known += q.cache != 0;
     known += snapshot.stored.size();
     if (runner.caches.size() != known) violations.push_back("a cache has leaked");
+    if (runner.bad_keeps > 0) violations.push_back("a draft was decided on in a way that cannot be");
+    for (const auto& [id, c] : runner.caches) {
+      if (c.undecided > 0) violations.push_back("a draft that nobody decided on");
+    }
     if (runner.bad_frees + runner.bad_ends > 0) violations.push_back("freed or ended twice");
     if (runner.samplings.size() != snapshot.sequences.size()) violations.push_back("a sequence has leaked");
   }

@@ -2,10 +2,13 @@
 #include <algorithm>
 #include <future>
 #include <limits>
+#include <thread>
 
 #include <gtest/gtest.h>
 #include <mlx/ops.h>
 
+#include "cache/quantized.h"
+#include "engine/async_mask.h"
 #include "gen/batch.h"
 #include "parity/parity_case.h"
 #include "tiny_tokenizer.h"
@@ -14,6 +17,7 @@ namespace mlxlm::tests {
 namespace {
 
 using namespace engine;
+using Uid = gen::BatchGenerator::Uid;
 
 const text::Tokenizer& tokenizer() {
   static const text::Tokenizer shared = byte_tokenizer(1000);  // no token of the tiny models ends the text
@@ -209,6 +213,114 @@ TEST_P(Faults, MasksAreEachRequestsOwn) {
   EXPECT_EQ(last.at(ends).finish, Finish::failed);
   EXPECT_EQ(last.at(ends).error->code(), Code::bad_request);
   EXPECT_EQ(answers.at(ends).size(), 4u);
+}
+
+/** A model that says when it is asked to run. */
+struct Watched final : model::CausalModel {
+  explicit Watched(model::CausalModel& m) : inner(m) {}
+  mx::array run(const mx::array& tokens, const std::vector<model::Segment>& segments) override {
+    ++runs;
+    return inner.run(tokens, segments);
+  }
+  const arch::Model& description() const override { return inner.description(); }
+  const char* executor() const override { return inner.executor(); }
+  int64_t weight_bytes() const override { return inner.weight_bytes(); }
+  model::CausalModel& inner;
+  std::atomic<int> runs = 0;
+};
+
+TEST_P(Faults, AMaskIsWaitedForAfterTheModelHasBegun) {
+  Watched watched(*model_);
+  const Limits limits{};
+  gen::ModelRunner runner(watched, limits);
+  Engine engine(runner, limits);
+  const int vocab = model_->description().vocab, before = watched.runs;
+  std::atomic<int> late = 0;
+  // Comes to an end only when the step that needs it has begun: an engine that waited first would wait for ever.
+  const auto mask = std::make_shared<AsyncMask>([&](std::span<const int> answer) {
+    const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+    while (watched.runs.load() - before <= static_cast<int>(answer.size()) && std::chrono::steady_clock::now() < give_up) std::this_thread::yield();
+    late += std::chrono::steady_clock::now() >= give_up;
+    std::vector<uint32_t> bits((vocab + 31) / 32);
+    bits[answer.size() / 32] = 1u << answer.size() % 32;  // the n-th token is n
+    return bits;
+  });
+  const auto id = engine.submit({.tokens = prompt(9, 2), .max_tokens = 6, .mask = mask, .drafts = {.ngram_tokens = 4}});
+  EXPECT_EQ(drain(engine).at(id), (std::vector<int>{0, 1, 2, 3, 4, 5}));
+  EXPECT_EQ(late, 0);
+}
+
+TEST_P(Faults, TextComesAsItIsWrittenAndOneAnswerCanBeEnded) {
+  std::vector<gen::BatchItem> items;
+  for (int i = 0; i < 4; ++i) items.push_back({.prompt = prompt(5 + 3 * i, i), .max_tokens = 20, .drafts = {.ngram_tokens = i % 2 * 4}});
+  std::vector<std::string> told(4);
+  std::vector<int> pieces(4);
+  std::vector<bool> ended(4);
+  gen::BatchRun run;
+  run.on_text = [&](std::size_t i, const std::string& text) {
+    EXPECT_FALSE(ended[i]);
+    EXPECT_FALSE(text.empty());
+    told[i] += text;
+    return ++pieces[i] < 3 || i != 2;
+  };
+  run.on_answer = [&](std::size_t i, const gen::BatchAnswer& a) {
+    EXPECT_EQ(a.text, told[i]);
+    ended[i] = true;
+  };
+  const auto answers = gen::batch_generate(*model_, tokenizer(), items, run);
+  for (std::size_t i = 0; i < 4; ++i) {
+    EXPECT_TRUE(ended[i]);
+    EXPECT_EQ(answers[i].finish, i == 2 ? gen::Finish::cancelled : gen::Finish::length);
+    EXPECT_GE(pieces[i], 3);
+    if (i == 2) continue;
+    EXPECT_EQ(answers[i].tokens, run_alone(*model_, items[i].prompt, 20));
+  }
+}
+
+TEST_P(Faults, BatchGeneratorQuantizesAndDrafts) {
+  const auto other = tiny(GetParam());
+  gen::BatchOptions options{.max_tokens = 16, .draft_model = other.get()};
+  gen::BatchGenerator batch(*model_, options, /*keep_caches=*/true);
+  bool can_quantize = true;
+  try {
+    cache::check_quantization(model_->description(), {8, 32, 0});
+  } catch (const Error&) {
+    can_quantize = false;
+  }
+  std::vector<gen::BatchGenerator::Insert> inserts(3);
+  for (int i = 0; i < 3; ++i) inserts[i].segments = {prompt(9 + 5 * i, i)};
+  if (can_quantize) inserts[0].kv_quantization = cache::Quantization{8, 32, 12};
+  inserts[1].drafts = engine::Drafts{.model_tokens = 3};
+  inserts[2].drafts = engine::Drafts{.ngram_tokens = 5};
+  std::map<Uid, std::vector<int>> answers;
+  const auto uids = batch.insert_segments(std::move(inserts));
+  int from_drafts = 0;
+  cache::Caches quantized;
+  int64_t held = 0;
+  while (batch.has_work()) {
+    for (auto& r : batch.next().second) {
+      answers[r.uid].push_back(r.chosen->token);
+      from_drafts += r.from_draft;
+      if (r.uid == uids[0] && r.finish != Finish::none) quantized = std::move(r.caches);
+    }
+    held = std::max(held, batch.memory().held_bytes);
+  }
+  EXPECT_GT(held, 0);
+  EXPECT_EQ(batch.stats().accepted_tokens, from_drafts);
+  EXPECT_GT(from_drafts, 8);  // the draft model is the model
+  for (int i = 0; i < 3; ++i) {
+    std::vector<int> wanted;
+    gen::Options o{.max_tokens = 16};
+    if (i == 0 && can_quantize) o.kv_quantization = {8, 32, 12};
+    gen::stream_generate(*model_, tokenizer(), prompt(9 + 5 * i, i), o, [&](const gen::Response& r) {
+      wanted.push_back(r.token);
+      return true;
+    });
+    EXPECT_EQ(answers[uids[i]], wanted) << i;
+  }
+  const auto is_quantized = [](const auto& c) { return dynamic_cast<const cache::QuantizedCache*>(c.get()) != nullptr; };
+  EXPECT_EQ(std::ranges::any_of(quantized, is_quantized), can_quantize);
+  EXPECT_THROW(gen::BatchGenerator(*model_, {.drafts = {.model_tokens = 2}}).insert({prompt(3, 1)}), Error);
 }
 
 TEST_P(Faults, LogprobsSumToOne) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <random>
 
 #include <gtest/gtest.h>
@@ -24,13 +25,22 @@ const text::Tokenizer& tokenizer() {
 }
 
 /** The same by gen::stream_generate, in chunks of its own. */
-std::vector<int> run_alone(model::CausalModel& model, const Request& r, int chunk_tokens) {
+std::vector<int> run_alone(model::CausalModel& model, const Request& r, int chunk_tokens, model::CausalModel* draft_model) {
   gen::Options o;
   o.max_tokens = r.max_tokens;
   o.sampler = gen::sampler_options(r.sampling);
   o.processors = gen::processor_options(r.sampling);
   o.max_kv_size_tokens = r.max_kv_size_tokens;
   o.prefill_step_tokens = chunk_tokens;
+  o.kv_quantization = {r.kv_bits, r.kv_group_size, r.quantized_kv_start};
+  // Greedy answers are those without drafts; draws are those with the same drafts.
+  if (r.sampling.temperature > 0) {
+    o.ngram_draft_tokens = r.drafts.ngram_tokens;
+    if (r.drafts.model_tokens > 0) {
+      o.draft_model = draft_model;
+      o.draft_tokens = r.drafts.model_tokens;
+    }
+  }
   o.ignore_eos = true;
   o.want_logprob = r.sampling.want_logprob || r.sampling.top_logprobs > 0;
   std::vector<int> tokens;
@@ -46,6 +56,14 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
   void SetUp() override {
     const auto golden = load_golden(GetParam());
     model_ = make_model(make_checkpoint(golden.info.at("config"), golden.info));
+    auto other = golden.info;
+    other["seed"] = other.at("seed").get<int>() + 1;
+    draft_model_ = make_model(make_checkpoint(other.at("config"), other));
+    try {
+      cache::check_quantization(model_->description(), {4, 32, 0});
+    } catch (const Error&) {
+      quantizable_ = false;
+    }
     vocab_ = model_->description().vocab;
   }
   int pick(int low, int high) { return std::uniform_int_distribution(low, high)(random_); }
@@ -73,6 +91,12 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
     if (pick(0, 3) == 0) r.max_kv_size_tokens = pick(4, 40);
     if (pick(0, 2) == 0) r.boundaries = {pick(1, 60), pick(1, 60)};
     r.use_prefix_cache = pick(0, 4) > 0;
+    if (quantizable_ && pick(0, 3) == 0) {
+      r.kv_bits = pick(0, 1) ? 8 : 4;
+      r.kv_group_size = 32;
+      r.quantized_kv_start = pick(0, 1) ? 0 : pick(1, 70);
+    }
+    if (pick(0, 1) && (s.temperature == 0 || !drafts_are_cut_)) (pick(0, 1) ? r.drafts.ngram_tokens : r.drafts.model_tokens) = pick(1, 7);
     return r;
   }
 
@@ -81,9 +105,11 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
     const int chunk = pick(1, 48);
     Limits limits{.max_sequences = pick(2, 9), .prefill_tokens = chunk, .least_prefill_tokens = pick(1, 8), .prefix_cache_bytes = pick(0, 1) ? 1 << 22 : 0};
     if (pick(0, 1)) limits.step_tokens = pick(2, 40);
+    drafts_are_cut_ = limits.step_tokens > 0;
     if (pick(0, 2) == 0) limits.limited_chunk_tokens = pick(1, 50);
-    gen::ModelRunner runner(*model_, limits);
-    if (pick(0, 1)) limits.memory_bytes = 4 * runner.cost_bytes(430, 0) + limits.prefix_cache_bytes;
+    limits.draft_tokens = 1000;  // nobody's are cut
+    gen::ModelRunner runner(*model_, limits, draft_model_.get());
+    if (pick(0, 1)) limits.memory_bytes = 4 * runner.cost_bytes(430, {.with_drafts = true}) + limits.prefix_cache_bytes;
     std::map<SequenceId, Request> requests;
     std::map<SequenceId, std::vector<int>> answers;
     std::map<SequenceId, Finish> ends;
@@ -117,11 +143,12 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
     EXPECT_EQ(runner.count(), 0u);
     for (const auto& [id, r] : requests) {
       // What a limited cache forgets depends on the chunks, alone as well.
-      const bool limited = r.max_kv_size_tokens > 0 && r.tokens.size() > static_cast<std::size_t>(r.max_kv_size_tokens);
-      const auto wanted = run_alone(*model_, r, limited ? limits.limited_chunk_tokens : pick(1, 64));
+      const bool limited = (r.max_kv_size_tokens > 0 && r.tokens.size() > static_cast<std::size_t>(r.max_kv_size_tokens)) || r.kv_bits > 0;
+      if (HasFailure()) std::exit(1);
+      const auto wanted = run_alone(*model_, r, limited ? limits.limited_chunk_tokens : pick(1, 64), draft_model_.get());
       const auto& got = answers[id];
       if (ends.at(id) == Finish::length) {
-        EXPECT_EQ(got, wanted) << "request " << id << " of " << requests.size() << ": prompt " << r.tokens.size() << ", max_kv " << r.max_kv_size_tokens << ", temperature " << r.sampling.temperature << ", boundaries " << r.boundaries.size();
+        EXPECT_EQ(got, wanted) << "request " << id << " of " << requests.size() << ": prompt " << r.tokens.size() << ", max_kv " << r.max_kv_size_tokens << ", temperature " << r.sampling.temperature << ", boundaries " << r.boundaries.size() << ", bits " << r.kv_bits << " from " << r.quantized_kv_start << ", limited chunk " << limits.limited_chunk_tokens << " prefill " << limits.prefill_tokens << " step " << limits.step_tokens << " max_kv " << r.max_kv_size_tokens << ", drafts " << r.drafts.ngram_tokens << " " << r.drafts.model_tokens;
       } else {
         EXPECT_EQ(ends.at(id), Finish::cancelled);
         EXPECT_TRUE(got.size() <= wanted.size() && std::equal(got.begin(), got.end(), wanted.begin()));
@@ -130,13 +157,15 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
   }
 
   std::mt19937 random_;
-  std::unique_ptr<model::CausalModel> model_;
+  std::unique_ptr<model::CausalModel> model_, draft_model_;
+  bool quantizable_ = true, drafts_are_cut_ = false;
   int vocab_ = 0;
 };
 
+/** FUZZ_LONG=1 goes on for longer, FUZZ_SEED=n begins at a story. */
 TEST_P(ModelFuzz, EveryAnswerIsTheOneGivenAlone) {
   const auto start = std::chrono::steady_clock::now();
-  for (uint32_t seed = 1; seed <= 12 && std::chrono::steady_clock::now() - start < std::chrono::seconds(4); ++seed) {
+  for (uint32_t seed = (std::getenv("FUZZ_SEED") ? std::atoi(std::getenv("FUZZ_SEED")) : 1u); seed <= (std::getenv("FUZZ_LONG") ? 400u : 12u) && std::chrono::steady_clock::now() - start < std::chrono::seconds(std::getenv("FUZZ_LONG") ? 40 : 4); ++seed) {
     SCOPED_TRACE(seed);
     story(seed);
     if (HasFailure()) return;

@@ -15,6 +15,16 @@ class Story {
     bench_.runner.trimmable = pick(0, 2) > 0;
     const bool failing = pick(0, 2) == 0;
     bench_.runner.step_fails = [this, failing](const StepPlan&) { return failing && pick(0, 30) == 0; };
+    // Right for some tokens, then not; sometimes none; sometimes more than was wanted.
+    bench_.runner.guess = [this](const DraftWanted& w, const Sampling& sampling) {
+      std::vector<int> tokens(w.tokens.begin(), w.tokens.end()), draft;
+      const int right = pick(0, 6), length = pick(0, w.most + 1);
+      for (int i = 0; i < length; ++i) {
+        draft.push_back(i < right ? scripted_token(tokens, sampling) : pick(0, 96));
+        tokens.push_back(draft.back());
+      }
+      return draft;
+    };
     bench_.runner.row_fails = [this, failing](const PlannedRow&) { return failing && pick(0, 200) == 0; };
   }
 
@@ -53,6 +63,7 @@ class Story {
   Limits limits() {
     Limits l{.max_sequences = pick(1, 8), .prefill_tokens = pick(1, 40), .least_prefill_tokens = pick(1, 8), .pace = 1.0 + pick(0, 3)};
     if (pick(0, 1)) l.step_tokens = pick(2, 30);
+    l.draft_tokens = pick(0, 20);
     if (pick(0, 1)) l.memory_bytes = pick(900, 3000);
     if (pick(0, 2)) l.prefix_cache_bytes = pick(1, 2000);
     return l;
@@ -61,6 +72,11 @@ class Story {
     Request r{.tokens = prompt_of(pick(1, 90), pick(0, 2)), .max_tokens = pick(1, 40), .sampling = {.temperature = 1, .seed = pick(0, 3)}};
     if (pick(0, 3) == 0) r.boundaries = {pick(0, 40), pick(0, 90)};
     if (pick(0, 3) == 0) r.max_kv_size_tokens = pick(1, 60);
+    if (pick(0, 1)) r.drafts.model_tokens = pick(1, 9);
+    if (pick(0, 2) == 0) {
+      r.kv_bits = 4;
+      r.quantized_kv_start = pick(0, 60);
+    }
     if (pick(0, 2) == 0) {
       const auto whole = alone(r);
       r.stop = {{whole[whole.size() / 2]}};

@@ -23,7 +23,7 @@ class RealModel : public testing::Test {
     if (!fs::exists(default_model())) GTEST_SKIP() << "no default model at " << default_model() << ": run ./dev setup";
     goldens_ = read_json_file(fs::path(MLXLM_TEST_DATA) / "parity" / "smollm2_greedy.json");
     loaded_ = model::load(default_model());
-    tokenizer_.emplace(text::Tokenizer::from_gguf(loaded_.gguf_metadata, loaded_.config));
+    tokenizer_.emplace(text::Tokenizer::from_gguf(*loaded_.gguf_metadata, loaded_.config));
   }
 
   json goldens_;

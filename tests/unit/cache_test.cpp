@@ -96,9 +96,17 @@ Pair by_plan(AttentionCache& cache, int first, int count, mx::Dtype dtype) {
   const auto plan = cache.plan_write(count, {kHeads, kKeyDims, kValueDims, dtype});
   carry_out(plan, plan.keys, plan.old_keys, rows(first, count, 1, kKeyDims, 1, dtype));
   carry_out(plan, plan.values, plan.old_values, rows(first, count, 1, kValueDims, -1, dtype));
-  EXPECT_LE(plan.visible_rows, plan.keys.shape(2));
-  return {mx::slice(plan.keys, {0, 0, 0, 0}, {1, kHeads, plan.visible_rows, kKeyDims}),
-          mx::slice(plan.values, {0, 0, 0, 0}, {1, kHeads, plan.visible_rows, kValueDims})};
+  std::vector<mx::array> seen_keys, seen_values;
+  int own = plan.visible_rows;
+  for (const auto& part : plan.shared) {
+    seen_keys.push_back(mx::slice(part->keys, {0, 0, 0, 0}, {1, kHeads, part->rows, kKeyDims}));
+    seen_values.push_back(mx::slice(part->values, {0, 0, 0, 0}, {1, kHeads, part->rows, kValueDims}));
+    own -= part->rows;
+  }
+  EXPECT_LE(own, plan.keys.shape(2));
+  seen_keys.push_back(mx::slice(plan.keys, {0, 0, 0, 0}, {1, kHeads, own, kKeyDims}));
+  seen_values.push_back(mx::slice(plan.values, {0, 0, 0, 0}, {1, kHeads, own, kValueDims}));
+  return {mx::concatenate(seen_keys, 2), mx::concatenate(seen_values, 2)};
 }
 
 enum class How { update, batch, f16, plan, both };

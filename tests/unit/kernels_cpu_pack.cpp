@@ -43,6 +43,92 @@ TEST(PackAffine, PartsWithScalesOfOtherDtypes) {
   EXPECT_TRUE(agrees(cpu::matmul(x, pack(wide, w)), multiply(values_of(x), w, wide, mx::float32)));
 }
 
+/** Every code with every scale has MLX's value, and reads alike as a table and as a product with a unit vector. */
+TEST(PackFloat, EveryCodeAndScale) {
+  const struct { const char* mode; int bits, group; } kinds[] = {{"mxfp4", 4, 32}, {"mxfp8", 8, 32}, {"nvfp4", 4, 16}};
+  for (const auto& kind : kinds) {
+    const int k = kind.bits == 8 ? 256 : 32, groups = k / kind.group, rows = 256;
+    std::vector<uint8_t> bytes(rows * k * kind.bits / 8), scale_bytes(rows * groups);
+    for (std::size_t i = 0; i < bytes.size(); ++i) {
+      bytes[i] = static_cast<uint8_t>(kind.bits == 8 ? i : (2 * i % 16) | (2 * i + 1) % 16 << 4);
+    }
+    for (std::size_t i = 0; i < scale_bytes.size(); ++i) scale_bytes[i] = static_cast<uint8_t>(i / groups);
+    std::vector<uint32_t> words(bytes.size() / 4);
+    std::memcpy(words.data(), bytes.data(), bytes.size());
+    const auto w = mx::array(words.data(), {rows, k * kind.bits / 32}, mx::uint32);
+    const auto s = mx::array(scale_bytes.data(), {rows, groups}, mx::uint8);
+    const auto wanted = values_of(mx::dequantize(w, s, std::nullopt, kind.group, kind.bits, kind.mode, std::nullopt, mx::float32));
+    const auto packed = cpu::pack_float({w}, {s}, kind.mode, kind.bits, kind.group);
+    const auto table = values_of(cpu::take_rows(packed, mx::arange(0, rows, mx::int32), mx::float32));
+    const auto product = values_of(mx::transpose(cpu::matmul(mx::eye(k), packed)));
+    for (int i = 0; i < rows * k; ++i) {
+      const int row = i / k;
+      if (kind.group == 16 ? row % 128 == 127 : row >= 254) continue;  // scales that are not numbers; products that overflow
+      if (kind.bits == 8 && i % 128 == 127) continue;                  // codes that are not numbers
+      ASSERT_EQ(table[i], wanted[i]) << kind.mode << " value " << i;
+      if (kind.bits == 8 && row >= 246) continue;  // infinite beside other values of its row
+      ASSERT_EQ(product[i], wanted[i]) << kind.mode << " value " << i;
+    }
+  }
+}
+
+/** Panels are no larger than the checkpoint's own tensors. */
+TEST(Pack, TakesTheBytesOfTheCheckpoint) {
+  for (const auto& kind : all_kinds()) {
+    if (kind.mode == "dense") continue;
+    const auto w = make(kind, {1024, 1024}, 3);
+    int64_t stored = 0;
+    for (const auto* arrays : {&w.weight, &w.scales, &w.biases}) {
+      for (const auto& a : *arrays) stored += static_cast<int64_t>(a.nbytes());
+    }
+    EXPECT_LE(cpu::packed_bytes(*pack(kind, w)), stored * 1.001) << kind.name();
+  }
+}
+
+/** The other precisions than the default, for every kind. */
+TEST(Precision, ExactAndFast) {
+  for (const auto& kind : all_kinds()) {
+    const int k = 4 * kind.group, m = 27, n = 40;
+    const auto w = make(kind, {n, k}, 80);
+    const auto packed = pack(kind, w);
+    const auto x = random(81, {m, k}, mx::bfloat16), wide = mx::astype(x, mx::float32);
+    cpu::set_precision(cpu::Precision::exact);
+    const auto exact = made(cpu::matmul(x, packed));
+    cpu::set_precision(cpu::Precision::fast);
+    const auto fast = made(cpu::matmul(x, packed));
+    for (const int size : {1, 2, 5, 13}) {
+      for (int at = 0; at + size <= m; at += 7) {
+        ASSERT_EQ(bits_of(cpu::matmul(part(x, at, at + size), packed)), bits_of(part(fast, at, at + size))) << kind.name();
+      }
+    }
+    cpu::set_precision(cpu::Precision::standard);
+    EXPECT_EQ(bits_of(exact), bits_of(mx::astype(cpu::matmul(wide, packed), mx::bfloat16))) << kind.name();
+    const auto y = values_of(fast);
+    const auto wanted = multiply(values_of(x), w, kind, mx::float32).y;
+    double error = 0, size = 0;
+    for (std::size_t i = 0; i < y.size(); ++i) {
+      error += (y[i] - wanted[i]) * (y[i] - wanted[i]);
+      size += wanted[i] * wanted[i];
+    }
+    EXPECT_LE(std::sqrt(error / size), 0.012) << kind.name();
+  }
+}
+
+TEST(PackFloatBad, IsRefused) {
+  const auto q = mx::quantize(random(1, {16, 128}), 32, 4, "mxfp4");
+  const auto w = made(q[0]), s = made(q[1]);
+  EXPECT_THROW(cpu::pack_float({}, {}, "mxfp4", 4, 32), Error);
+  EXPECT_THROW(cpu::pack_float({w}, {s, s}, "mxfp4", 4, 32), Error);
+  EXPECT_THROW(cpu::pack_float({w}, {s}, "mxfp5", 4, 32), Error);
+  EXPECT_THROW(cpu::pack_float({w}, {s}, "mxfp4", 8, 32), Error);
+  EXPECT_THROW(cpu::pack_float({w}, {s}, "mxfp4", 4, 64), Error);
+  EXPECT_THROW(cpu::pack_float({w}, {s}, "nvfp4", 4, 16), Error);
+  EXPECT_THROW(cpu::pack_float({w}, {s}, "mxfp8", 8, 32), Error);
+  EXPECT_THROW(cpu::pack_float({w}, {part(s, 0, 15)}, "mxfp4", 4, 32), Error);
+  EXPECT_THROW(cpu::pack_float({w}, {mx::astype(s, mx::float32)}, "mxfp4", 4, 32), Error);
+  EXPECT_THROW(cpu::pack_float({mx::astype(w, mx::int32)}, {s}, "mxfp4", 4, 32), Error);
+}
+
 TEST(PackDense, AnyWidthAndMixedDtypes) {
   for (const int k : {1, 7, 15, 16, 17, 33, 100}) {
     const Kind kind{"dense", 0, k, mx::float16};

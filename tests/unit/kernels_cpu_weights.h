@@ -98,7 +98,7 @@ struct Reference {
 inline Reference multiply(const std::vector<double>& x, const Weights& w, const Kind& kind, mx::Dtype dtype, int matrix = 0,
                           const std::vector<double>& bias = {}) {
   Reference r;
-  const bool digits = dtype != mx::float32 && kind.mode == "affine";
+  const bool digits = dtype != mx::float32 && kind.mode != "dense" && kind.mode != "mxfp8";
   for (std::size_t m = 0; m < x.size() / w.k; ++m) {
     const double* xm = x.data() + m * w.k;
     std::vector<double> step(w.k / kind.group + 1, 0);

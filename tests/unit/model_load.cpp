@@ -96,7 +96,7 @@ TEST_F(ModelLoad, AFolderRuns) {
   const auto loaded = load(folder_);
   EXPECT_EQ(loaded.model->description().width, 64);
   EXPECT_EQ(loaded.path, folder_);
-  EXPECT_TRUE(loaded.gguf_metadata.is_null());
+  EXPECT_FALSE(loaded.gguf_metadata);
   EXPECT_EQ(logits_of(*loaded.model), std::vector<float>(128, 0.f));
   EXPECT_EQ(load(folder_, {.executor = Executor::graph, .adapter = {}}).model->executor(), std::string("graph"));
 }

@@ -16,7 +16,8 @@ class Form {
  public:
   static bool same(const PackedMatrix& a, const PackedMatrix& b) {
     if (a.quantized() != b.quantized()) return false;
-    return !a.quantized() || (a.panels.bits == b.panels.bits && a.panels.group == b.panels.group);
+    return !a.quantized() || (a.panels.digit_form() == b.panels.digit_form() && a.panels.takes_digits() == b.panels.takes_digits() &&
+                              a.panels.group == b.panels.group);
   }
 
   void fill(int m, const PackedMatrix& w, bool exact, const float* x) {
@@ -26,7 +27,7 @@ class Form {
     a_.k = k;
     if (!w.quantized()) return;
     const int group = w.panels.group, groups = k / group;
-    const bool digits = !exact && precision() != Precision::exact && isa().uses_digits && group <= 128 && group % 16 == 0;
+    const bool digits = !exact && precision() != Precision::exact && isa().uses_digits && w.panels.takes_digits();
     a_.groups = groups;
     float* sums = sums_.get(int64_t(m) * groups);
     float* steps = digits ? steps_.get(int64_t(m) * groups) : nullptr;
@@ -35,7 +36,7 @@ class Form {
     a_.sums = a_.digit_sums = sums;
     a_.steps = steps;
     a_.digits = digits ? digits_.data() : nullptr;
-    bits_ = w.panels.bits;
+    digit_form_ = w.panels.digit_form();
     group_ = group;
     quantized_ = true;
   }
@@ -44,7 +45,7 @@ class Form {
     const float* x = a_.x + int64_t(i) * a_.k;
     auto* sums = const_cast<float*>(a_.sums) + int64_t(i) * a_.groups;
     if (a_.digits == nullptr) return isa().group_sums(x, a_.k, group_, sums);
-    isa().make_digits(x, a_.k, group_, bits_, a_.digit_count, const_cast<int8_t*>(a_.digits) + a_.digit_count * int64_t(i) * a_.k,
+    isa().make_digits(x, a_.k, group_, digit_form_, a_.digit_count, const_cast<int8_t*>(a_.digits) + a_.digit_count * int64_t(i) * a_.k,
                       const_cast<float*>(a_.steps) + int64_t(i) * a_.groups, sums);
   }
   const Activations& view() const { return a_; }
@@ -53,7 +54,8 @@ class Form {
   Activations a_;
   FloatBuffer sums_, steps_;
   std::vector<int8_t> digits_;
-  int bits_ = 0, group_ = 0;
+  DigitForm digit_form_ = DigitForm::bytes;
+  int group_ = 0;
   bool quantized_ = false;
 };
 
@@ -131,7 +133,8 @@ void multiply(const PackedMatrix& w, const Activations& a, int m, const float* b
   constexpr int m_block = 64;
   const int panels = w.panel_count(), blocks = (m + m_block - 1) / m_block;
   // Few rows: a thread takes a long run of panels, which it reads as one stream.
-  const int grain = m <= 16 ? std::max(1, panels / (compute_pool().threads() * 6)) : std::max(1, std::min(8, panels / (compute_pool().threads() * 4)));
+  const int grain =
+      m <= 16 ? std::max(1, panels / (compute_pool().threads() * 6)) : std::max(1, std::min(8, panels / (compute_pool().threads() * 4)));
   const int chunks = (panels + grain - 1) / grain;
   in_parallel(chunks * blocks, [&](int task) {
     const int chunk = task / blocks, m0 = task % blocks * m_block, count = std::min(m_block, m - m0);
@@ -204,8 +207,8 @@ void eager_map(const EagerMap& map, int m, const RowSource& source, bool exact, 
   }
 }
 
-void eager_gather(const EagerMap& map, int m, int top_k, const int* experts, bool per_choice, const RowSource& source, bool exact, float* out,
-                  int64_t ld_out) {
+void eager_gather(const EagerMap& map, int m, int top_k, const int* experts, bool per_choice, const RowSource& source, bool exact,
+                  float* out, int64_t ld_out) {
   auto& s = shared_scratch();
   const int total = m * top_k;
   const auto order = by_expert(experts, total);

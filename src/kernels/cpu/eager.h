@@ -52,6 +52,13 @@ void eager_gather(const EagerMap& map, int m, int top_k, const int* experts, boo
 /** Row n of an embedding table. */
 void eager_embedding(const PackedMatrix& table, int64_t n, float* out);
 
+/** Rows of a cache that others hold, too: [kv_heads][capacity][dims], of which `rows` are seen, a multiple of attention_block. */
+struct SharedKeys {
+  const void *keys = nullptr, *values = nullptr;
+  int64_t capacity = 0;
+  int rows = 0;
+};
+
 /** Attention of one sequence's new tokens over its cache. */
 struct EagerAttention {
   const float* q = nullptr;  // [tokens][q_stride]: heads side by side, head_dim each, not scaled
@@ -63,6 +70,7 @@ struct EagerAttention {
   int visible = 0;  // keys that the first token sees; each next one sees one more
   int window = 0;   // > 0: only the last so many of them
   const QuantizedSpan *quantized_keys = nullptr, *quantized_values = nullptr;  // instead of keys and values: the first row of the first head
+  std::vector<SharedKeys> shared{};  // what comes before keys and values
 };
 struct AttentionShape {
   int heads, kv_heads, key_dims, value_dims;

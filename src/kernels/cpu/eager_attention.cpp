@@ -97,15 +97,28 @@ class Tile {
   }
 
  private:
-  const uint8_t* stored_rows(const void* base, int dims, int at) const {
-    const int64_t item = shape_.storage == Storage::f32 ? 4 : 2;
-    return static_cast<const uint8_t*>(base) + (int64_t(kv_head_) * s_.capacity + at) * dims * item;
+  /** Where a block lies: in one of the shared parts, or after them in the sequence's own. */
+  struct Place {
+    const void *keys, *values;
+    int64_t capacity;
+    int row;
+  };
+  Place place_of(int at) const {
+    for (const auto& part : s_.shared) {
+      if (at < part.rows) return {part.keys, part.values, part.capacity, at};
+      at -= part.rows;
+    }
+    return {s_.keys, s_.values, s_.capacity, at};
   }
 
-  /** Rows [at, at + count) of a head as floats, padded with zeros to whole vectors. */
-  const float* load_rows(FloatBuffer& buffer, const void* base, int dims, int width, int at, int count) const {
+  const uint8_t* stored_rows(const Place& place, const void* base, int dims) const {
     const int64_t item = shape_.storage == Storage::f32 ? 4 : 2;
-    const auto* from = stored_rows(base, dims, at);
+    return static_cast<const uint8_t*>(base) + (int64_t(kv_head_) * place.capacity + place.row) * dims * item;
+  }
+
+  /** `count` rows of a head as floats, padded with zeros to whole vectors. */
+  const float* load_rows(FloatBuffer& buffer, const uint8_t* from, int dims, int width, int count) const {
+    const int64_t item = shape_.storage == Storage::f32 ? 4 : 2;
     float* to = buffer.get(int64_t(attention_block) * width);
     if (dims == width) {
       isa().load(from, shape_.storage, to, int64_t(count) * dims);
@@ -143,15 +156,16 @@ class Tile {
     const bool quantized = s_.quantized_keys != nullptr;
     const bool as_stored = !quantized && (rows_ <= 4 || shape_.storage == Storage::f32) && key_dims_ == shape_.key_dims && value_dims_ == shape_.value_dims;
     b.storage = as_stored ? shape_.storage : Storage::f32;
+    const Place place = place_of(at);
     if (as_stored) {
-      b.k = stored_rows(s_.keys, key_dims_, at);
-      b.v = stored_rows(s_.values, value_dims_, at);
+      b.k = stored_rows(place, place.keys, key_dims_);
+      b.v = stored_rows(place, place.values, value_dims_);
     } else if (quantized) {
       b.k = load_quantized(w.k, *s_.quantized_keys, key_dims_, at, count);
       b.v = load_quantized(w.v, *s_.quantized_values, value_dims_, at, count);
     } else {
-      b.k = load_rows(w.k, s_.keys, shape_.key_dims, key_dims_, at, count);
-      b.v = load_rows(w.v, s_.values, shape_.value_dims, value_dims_, at, count);
+      b.k = load_rows(w.k, stored_rows(place, place.keys, shape_.key_dims), shape_.key_dims, key_dims_, count);
+      b.v = load_rows(w.v, stored_rows(place, place.values, shape_.value_dims), shape_.value_dims, value_dims_, count);
     }
     b.rows = rows_;
     b.keys = count;

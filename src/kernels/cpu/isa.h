@@ -5,27 +5,43 @@
 
 namespace mlxlm::kernels::cpu {
 
-enum class Storage : uint8_t { f32, f16, bf16 };
+enum class Storage : uint8_t { f32, f16, bf16, e8m0, e4m3 };  // the last two: scales only
 
-/** Quantized rows in panels of 16: for each group of K, the codes (4 bits: one dword of 8 codes a row; 8 bits: one dword of 4), lane-interleaved,
- *  then 16 scales and 16 biases. value = scale * code + bias. */
+/** How the digits of activations lie: in order; or each 8 as 0,2,4,6,1,3,5,7 for codes below 8 bits. raw: sums are of the digits, without the step. */
+enum class DigitForm : uint8_t { bytes, nibbles, nibbles_raw };
+
+/** What a code stands for: affine = scale * code + bias, the others = scale * the small float that it is. */
+enum class Codes : uint8_t { affine, e2m1, e4m3 };
+
+/** Quantized rows in panels of 16. For each group of K: the codes, then 16 scales and, for affine codes, 16 biases. Codes lie in vectors of 64 bytes,
+ *  one dword for each row, so that shifts and masks give 4 codes of each of the 16 rows:
+ *  8 bits: vector i holds codes 4i..4i+3. 4 bits: vector d holds codes 8d..8d+7; byte b has code 8d+2b low and 8d+2b+1 high.
+ *  Others, in blocks of 32 codes: a base of 4 bits as above (5, 6) or of 2 bits (2, 3), then a plane of the other bits. With code 8d+2b+odd and
+ *  s = 2d+odd, a plane of 2 bits is two vectors and has it in vector s/4, byte b, bit 2(s%4); one of 1 bit has it in byte b, bit s.
+ *  e4m3: 16 bytes for each code, one a row. */
 struct Panels {
   const uint8_t* data = nullptr;
-  int k = 0, group = 0, bits = 0;  // bits 4 or 8
+  int k = 0, group = 0, bits = 0;
   Storage scales = Storage::f32;
-  int scale_bytes() const { return scales == Storage::f32 ? 4 : 2; }
-  int64_t group_bytes() const { return int64_t(group) * bits / 32 * 64 + 2 * 16 * scale_bytes(); }
+  Codes codes = Codes::affine;
+  int base_bits() const { return bits == 8 ? 8 : bits >= 4 ? 4 : 2; }
+  int scale_bytes() const { return scales == Storage::f32 ? 4 : scales == Storage::e8m0 || scales == Storage::e4m3 ? 1 : 2; }
+  int64_t code_bytes() const { return int64_t(group) * bits * 2; }
+  int64_t group_bytes() const { return code_bytes() + (codes == Codes::affine ? 2 : 1) * 16 * scale_bytes(); }
   int64_t panel_bytes() const { return group_bytes() * (k / group); }
+  /** Activations may be digits: fewer than 8 bits, or integers of 8. */
+  bool takes_digits() const { return codes != Codes::e4m3 && group <= 128 && group % 16 == 0; }
+  DigitForm digit_form() const { return codes == Codes::e2m1 ? DigitForm::nibbles_raw : bits == 8 ? DigitForm::bytes : DigitForm::nibbles; }
 };
 
 /** Rows of activations in both forms that the panel kernels read. */
 struct Activations {
   const float* x = nullptr;       // [m][k]
   const float* sums = nullptr;    // [m][groups] sum of x over each group
-  const int8_t* digits = nullptr;  // [m][2][k]: x = step * (128 * high + low), or [m][1][k]: x = step * high; permuted for 4-bit codes; null = use x
+  const int8_t* digits = nullptr;  // [m][2][k]: x = step * (128 * high + low), or [m][1][k]: x = step * high; in the panels' DigitForm; null = use x
   int digit_count = 2;
   const float* steps = nullptr;   // [m][groups]
-  const float* digit_sums = nullptr;  // [m][groups] sum of the rounded x
+  const float* digit_sums = nullptr;  // [m][groups] sum of the rounded x; of the digits alone in the raw form
   int k = 0, groups = 0;
 };
 
@@ -84,7 +100,7 @@ struct Isa {
   /** c[m][0..16) of one panel for rows [m0, m0 + count), c has `ldc` floats a row. */
   void (*panel)(const Panels& p, const uint8_t* panel, const Activations& a, int m0, int count, float* c, int64_t ldc);
   /** Quantizes one row for the digits form. */
-  void (*make_digits)(const float* x, int k, int group, int bits, int count, int8_t* digits, float* steps, float* sums);
+  void (*make_digits)(const float* x, int k, int group, DigitForm form, int count, int8_t* digits, float* steps, float* sums);
   void (*group_sums)(const float* x, int k, int group, float* sums);
   /** c[m][n] for rows m of x [m][k] and `count` weight rows at w (at most 4). */
   void (*dense)(const void* w, Storage storage, int64_t row_stride, int count, const float* x, int m, int k, float* c, int64_t ldc);
@@ -103,6 +119,9 @@ struct Isa {
   void (*rms_norm)(const float* x, const float* weight, float eps, int dims, float* out);  // weight may be null
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);         // up may be null
   void (*gelu_tanh_mul)(const float* gate, const float* up, float* out, int64_t count);
+  float (*row_max)(const float* x, int64_t count);
+  /** out = exp(x - shift), 0 where that is below the normal numbers; returns their sum. */
+  float (*exps)(const float* x, float shift, int64_t count, float* out);
   void (*scan)(const ScanHead& s);
   /** out[c] = bias[c] + sum of rows[t][c] * weight[t][c] for c in [from, to); weight [taps][channels], bias may be null. */
   void (*convolve)(const float* const* rows, const float* weight, const float* bias, int taps, int64_t from, int64_t to, int64_t channels, float* out);
@@ -112,6 +131,10 @@ const Isa& isa_generic();
 #if defined(__x86_64__)
 const Isa& isa_avx2();
 const Isa& isa_avx512();
+#elif defined(__aarch64__)
+const Isa& isa_neon();
+const Isa& isa_dotprod();
+const Isa& isa_i8mm();
 #endif
 
 /** The best that this machine runs, or what MLXLM_CPU_ISA names. */

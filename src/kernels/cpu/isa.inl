@@ -7,6 +7,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(MLXLM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "kernels/cpu/isa.h"
@@ -88,6 +90,13 @@ inline F load_any(const void* p, Storage s, int64_t i) {
     memcpy(reinterpret_cast<char*>(&v) + 32, &b, 32);
     return v;
   }
+#elif defined(MLXLM_NEON)
+  float t[16];
+  for (int l = 0; l < 16; l += 4) {
+    const uint16x4_t raw = vld1_u16(h + l);
+    vst1q_f32(t + l, s == Storage::f16 ? vcvt_f32_f16(vreinterpret_f16_u16(raw)) : vreinterpretq_f32_u32(vshll_n_u16(raw, 16)));
+  }
+  return load(t);
 #endif
   F v;
   if (s == Storage::f16) {
@@ -117,14 +126,25 @@ inline F load_some(const void* p, Storage s, int64_t i, int count) {
   return load(t);
 }
 
+/** Lanes with those 8, 4, 2 or 1 further. */
+inline F swap8(F v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline F swap4(F v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11); }
+inline F swap2(F v) { return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13); }
+inline F swap1(F v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14); }
+
 /** The sum in one fixed order. */
 inline float sum(F v) {
-  float t[16];
-  memcpy(t, &v, sizeof v);
-  for (int w = 8; w > 0; w /= 2) {
-    for (int l = 0; l < w; ++l) t[l] += t[l + w];
-  }
-  return t[0];
+  v += swap8(v);
+  v += swap4(v);
+  v += swap2(v);
+  return v[0] + v[1];
+}
+
+inline float max_lane(F v) {
+  v = vmax(v, swap8(v));
+  v = vmax(v, swap4(v));
+  v = vmax(v, swap2(v));
+  return vmax(v, swap1(v))[0];
 }
 
 inline F vexp(F x) {
@@ -149,184 +169,7 @@ inline float exp_one(float x) {
   return v[0];
 }
 
-// ---- quantized panels ----------------------------------------------------------------------------------------------
-
-inline F panel_scale(const uint8_t* p, Storage s, int which) { return load_any(p, s, 16 * which); }
-
-inline void prefetch_group(const uint8_t* p, int64_t bytes) {
-  constexpr int64_t ahead = 4096;  // ../../../docs/performance.md
-  for (int64_t z = 0; z < bytes; z += 64) __builtin_prefetch(p + ahead + z);
-}
-
-/** Exact: f32 activations, R rows at once. */
-template <int BITS, int R>
-void panel_exact(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
-  const int dwords = p.group * BITS / 32, groups = p.k / p.group;
-  const int64_t group_bytes = p.group_bytes();
-  F total[R];
-  for (int i = 0; i < R; ++i) total[i] = F{};
-  for (int g = 0; g < groups; ++g, panel += group_bytes) {
-    prefetch_group(panel, group_bytes);
-    F t[R];
-    for (int i = 0; i < R; ++i) t[i] = F{};
-    const float* x = a.x + int64_t(m0) * a.k + g * p.group;
-    for (int d = 0; d < dwords; ++d) {
-      U w;
-      memcpy(&w, panel + d * 64, 64);
-      constexpr int per = 32 / BITS;
-#pragma GCC unroll 8
-      for (int j = 0; j < per; ++j) {
-        const F code = __builtin_convertvector((I)((w >> (BITS * j)) & uint32_t((1 << BITS) - 1)), F);
-        for (int i = 0; i < R; ++i) t[i] += code * x[int64_t(i) * a.k + d * per + j];
-      }
-    }
-    const F scale = panel_scale(panel + dwords * 64, p.scales, 0), bias = panel_scale(panel + dwords * 64, p.scales, 1);
-    for (int i = 0; i < R; ++i) {
-      total[i] += t[i] * scale;
-      total[i] += bias * a.sums[int64_t(m0 + i) * a.groups + g];
-    }
-  }
-  for (int i = 0; i < R; ++i) store(c + int64_t(i) * ldc, total[i]);
-}
-
-#if defined(__AVX512VNNI__)
-inline __m512i broadcast(const int8_t* p) {
-  int32_t v;
-  memcpy(&v, p, 4);
-  return _mm512_set1_epi32(v);
-}
-
-/** Activations as integers a group: two digits (relative error about 4e-5, nearly as fast as one where memory is the limit) or one (5e-3). */
-template <int BITS, int R, int DIGITS>
-void panel_digits(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
-  const int dwords = p.group * BITS / 32, groups = p.k / p.group;
-  const int64_t group_bytes = p.group_bytes(), row = DIGITS * int64_t(a.k);
-  const __m512i low4 = _mm512_set1_epi8(15);
-  __m512 total[R];
-#pragma GCC unroll 12
-  for (int i = 0; i < R; ++i) total[i] = _mm512_setzero_ps();
-  const int8_t* x = a.digits + int64_t(m0) * row;
-  for (int g = 0; g < groups; ++g, panel += group_bytes, x += p.group) {
-    prefetch_group(panel, group_bytes);
-    __m512i high[R], low[R];
-#pragma GCC unroll 12
-    for (int i = 0; i < R; ++i) high[i] = low[i] = _mm512_setzero_si512();
-    for (int d = 0; d < dwords; ++d) {
-      const __m512i w = _mm512_loadu_si512(panel + d * 64);
-      if constexpr (BITS == 4) {
-        const __m512i even = _mm512_and_si512(w, low4), odd = _mm512_and_si512(_mm512_srli_epi16(w, 4), low4);
-#pragma GCC unroll 12
-        for (int i = 0; i < R; ++i) {
-          const int8_t* xi = x + i * row + d * 8;
-          high[i] = _mm512_dpbusd_epi32(high[i], even, broadcast(xi));
-          if constexpr (DIGITS == 2) low[i] = _mm512_dpbusd_epi32(low[i], even, broadcast(xi + a.k));
-          high[i] = _mm512_dpbusd_epi32(high[i], odd, broadcast(xi + 4));
-          if constexpr (DIGITS == 2) low[i] = _mm512_dpbusd_epi32(low[i], odd, broadcast(xi + a.k + 4));
-        }
-      } else {
-#pragma GCC unroll 12
-        for (int i = 0; i < R; ++i) {
-          const int8_t* xi = x + i * row + d * 4;
-          high[i] = _mm512_dpbusd_epi32(high[i], w, broadcast(xi));
-          if constexpr (DIGITS == 2) low[i] = _mm512_dpbusd_epi32(low[i], w, broadcast(xi + a.k));
-        }
-      }
-    }
-    const __m512 scale = (__m512)panel_scale(panel + dwords * 64, p.scales, 0), bias = (__m512)panel_scale(panel + dwords * 64, p.scales, 1);
-#pragma GCC unroll 12
-    for (int i = 0; i < R; ++i) {
-      const int64_t at = int64_t(m0 + i) * a.groups + g;
-      const __m512i sum = DIGITS == 2 ? _mm512_add_epi32(_mm512_slli_epi32(high[i], 7), low[i]) : high[i];
-      total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(a.steps[at])), total[i]);
-      total[i] = _mm512_fmadd_ps(bias, _mm512_set1_ps(a.digit_sums[at]), total[i]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < R; ++i) _mm512_storeu_ps(c + int64_t(i) * ldc, total[i]);
-}
-#endif
-
-template <int BITS, int R>
-inline void panel_rows(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
-#if defined(__AVX512VNNI__)
-  if (a.digits != nullptr && a.digit_count == 1) return panel_digits<BITS, R, 1>(p, panel, a, m0, c, ldc);
-  if (a.digits != nullptr) return panel_digits<BITS, R, 2>(p, panel, a, m0, c, ldc);
-#endif
-  panel_exact<BITS, R>(p, panel, a, m0, c, ldc);
-}
-
-template <int BITS>
-void panel_bits(const Panels& p, const uint8_t* panel, const Activations& a, int m0, int count, float* c, int64_t ldc) {
-  while (count > 0) {
-#if defined(__AVX512VNNI__)
-    if (count >= 12 && a.digits != nullptr && a.digit_count == 1) {
-      panel_digits<BITS, 12, 1>(p, panel, a, m0, c, ldc);
-      m0 += 12;
-      count -= 12;
-      c += 12 * ldc;
-      continue;
-    }
-#endif
-    const int rows = count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-    if (rows == 8) panel_rows<BITS, 8>(p, panel, a, m0, c, ldc);
-    else if (rows == 4) panel_rows<BITS, 4>(p, panel, a, m0, c, ldc);
-    else if (rows == 2) panel_rows<BITS, 2>(p, panel, a, m0, c, ldc);
-    else panel_rows<BITS, 1>(p, panel, a, m0, c, ldc);
-    m0 += rows;
-    count -= rows;
-    c += rows * ldc;
-  }
-}
-
-void panel_kernel(const Panels& p, const uint8_t* panel, const Activations& a, int m0, int count, float* c, int64_t ldc) {
-  if (p.bits == 4) panel_bits<4>(p, panel, a, m0, count, c, ldc);
-  else panel_bits<8>(p, panel, a, m0, count, c, ldc);
-}
-
-#if defined(__AVX512VNNI__)
-void make_digits_kernel(const float* x, int k, int group, int bits, int count, int8_t* digits, float* steps, float* sums) {
-  const float most = count == 2 ? 16256.f : 127.f;  // 127 * 128
-  const int shift = count == 2 ? 7 : 0, half = count == 2 ? 64 : 0;
-  // 4-bit codes: even elements of 8 stand in low nibbles, odd ones in high nibbles.
-  const __m128i even_odd = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
-  for (int g = 0; g < k / group; ++g) {
-    const float* xg = x + g * group;
-    __m512 peaks = _mm512_setzero_ps();
-    __mmask16 strange = 0;
-    for (int i = 0; i < group; i += 16) {
-      const __m512 v = _mm512_abs_ps(_mm512_loadu_ps(xg + i));
-      peaks = _mm512_max_ps(peaks, v);
-      strange = static_cast<__mmask16>(strange | _mm512_cmp_ps_mask(v, _mm512_set1_ps(3.4e38f), _CMP_NLE_UQ));
-    }
-    const float peak = _mm512_reduce_max_ps(peaks), step = peak / most;
-    if (strange != 0) {  // a NaN or an infinite activation must reach the result
-      memset(digits + g * group, 0, group);
-      if (count == 2) memset(digits + k + g * group, 0, group);
-      steps[g] = sums[g] = NAN;
-      continue;
-    }
-    // Below 1e-34 most / peak would overflow: the group counts as zero.
-    const __m512 inverse = _mm512_set1_ps(peak > 1e-34f ? most / peak : 0.f);
-    __m512i total = _mm512_setzero_si512();
-    for (int i = 0; i < group; i += 16) {
-      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(xg + i), inverse));
-      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(half)), shift);
-      total = _mm512_add_epi32(total, q);
-      __m128i h = _mm512_cvtepi32_epi8(high), l = _mm512_cvtepi32_epi8(_mm512_sub_epi32(q, _mm512_slli_epi32(high, shift)));
-      if (bits == 4) {
-        h = _mm_shuffle_epi8(h, even_odd);
-        l = _mm_shuffle_epi8(l, even_odd);
-      }
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + g * group + i), h);
-      if (count == 2) _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + k + g * group + i), l);
-    }
-    steps[g] = step;
-    sums[g] = step * float(_mm512_reduce_add_epi32(total));
-  }
-}
-#else
-void make_digits_kernel(const float*, int, int, int, int, int8_t*, float*, float*) {}  // uses_digits is false
-#endif
+#include "kernels/cpu/isa_panels.inl"
 
 void group_sums_kernel(const float* x, int k, int group, float* sums) {
   for (int g = 0; g < k / group; ++g) {
@@ -601,17 +444,15 @@ void gelu_tanh_mul_kernel(const float* gate, const float* up, float* out, int64_
   });
 }
 
+#include "kernels/cpu/isa_sampling.inl"
+
 }  // namespace
 
 const Isa& MLXLM_ISA_FUNCTION() {
-#if defined(__AVX512VNNI__)
-  constexpr bool digits = true;
-#else
-  constexpr bool digits = false;
-#endif
-  static constexpr Isa table = {MLXLM_ISA_NAME,   digits,           panel_kernel,    make_digits_kernel, group_sums_kernel, dense_kernel,
+  static constexpr Isa table = {MLXLM_ISA_NAME,   has_digits,           panel_kernel,    make_digits_kernel, group_sums_kernel, dense_kernel,
                                 attention_kernel, attention_block_kernel, merge_rows_kernel, rope_kernel, add_scaled_kernel, dequantize_kernel, load_kernel,
-                                store_kernel,     rms_norm_kernel,  silu_mul_kernel, gelu_tanh_mul_kernel, scan_kernel, convolve_kernel};
+                                store_kernel,     rms_norm_kernel,  silu_mul_kernel, gelu_tanh_mul_kernel,
+                                row_max_kernel,   exps_kernel,      scan_kernel,     convolve_kernel};
   return table;
 }
 

@@ -29,10 +29,16 @@ struct BlockRows {
   int64_t stride;  // elements
 };
 
-/** scores[r][0..64) = q[r] . k[j] for R rows (1, 2 or 4) and keys [0, keys), rounded up to 16. `dims` is a multiple of 16. */
+/** The block after this one lies behind it: what is read from the cache itself is fetched while this one is worked on. */
+template <Storage S>
+inline void prefetch_next_block(const void* p, int64_t element) {
+  if constexpr (S != Storage::f32) __builtin_prefetch(static_cast<const uint8_t*>(p) + 2 * element + 8192);
+}
+
+/** scores[r][0..64) = q[r] . k[j] for R rows (1 to 4) and keys [0, keys), rounded up to 16. `dims` is a multiple of 16. */
 template <Storage S, int R>
 void block_scores(const float* const* q, BlockRows k, int keys, int dims, float* const* scores) {
-  constexpr int per = 16 / R;
+  constexpr int per = R == 3 ? 4 : 16 / R;
   for (int j = 0; j < keys; j += per) {
     F acc[16];
     int64_t at[per];
@@ -47,6 +53,7 @@ void block_scores(const float* const* q, BlockRows k, int keys, int dims, float*
 #pragma GCC unroll 16
       for (int n = 0; n < per; ++n) {
         const F kv = load_any(k.data, S, at[n] + d);
+        if (d % 32 == 0) prefetch_next_block<S>(k.data, at[n] + d);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r * per + n] += qv[r] * kv;
       }
@@ -65,6 +72,8 @@ void block_values(const float* const* p, BlockRows v, int keys, int dims, float*
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = F{};
     for (int j = 0; j < keys; ++j) {
       const int64_t at = j * v.stride + d;
+      prefetch_next_block<S>(v.data, at);
+      prefetch_next_block<S>(v.data, at + 32);
       const F v0 = load_any(v.data, S, at), v1 = load_any(v.data, S, at + 16), v2 = load_any(v.data, S, at + 32), v3 = load_any(v.data, S, at + 48);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -94,17 +103,22 @@ inline F lane_numbers(int from) {
   return F{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + float(from);
 }
 
-inline float max_lane(F v) {
-  float t[16];
-  memcpy(t, &v, sizeof v);
-  float best = t[0];
-  for (int l = 1; l < 16; ++l) best = t[l] > best ? t[l] : best;
-  return best;
-}
-
 /** Scores of a row to exp(score - peak) over keys [first, last) of the block, 0 elsewhere. */
 void block_softmax(float* s, int keys, int first, int last, float softcap, float* peak, float* total) {
   const F none = set(-INFINITY);
+  if (first <= 0 && last >= keys && softcap <= 0.f) {  // no key is masked: the same without the masks
+    F best = none;
+    for (int j = 0; j < keys; j += 16) best = vmax(load(s + j), best);
+    *peak = max_lane(best);
+    F t = F{};
+    for (int j = 0; j < keys; j += 16) {
+      const F e = vexp(load(s + j) - *peak);
+      store(s + j, e);
+      t += e;
+    }
+    *total = sum(t);
+    return;
+  }
   F best = none;
   for (int j = 0; j < keys; j += 16) {
     F x = load(s + j);
@@ -152,9 +166,12 @@ template <Storage S>
 void block_of(const BlockAttention& b) {
   for (int r = 0; r < b.rows;) {
     const int left = b.rows - r;
-    if (left >= 3) {
+    if (left >= 4) {
       block_rows<S, 4>(b, r);
       r += 4;
+    } else if (left == 3) {
+      block_rows<S, 3>(b, r);
+      r += 3;
     } else if (left == 2) {
       block_rows<S, 2>(b, r);
       r += 2;

@@ -85,6 +85,22 @@ mx::array attention(const mx::array& q, const QuantizedRows& k, const QuantizedR
 /** [B,K,S,dims] in the scales' dtype; by MLX where the CPU kernels do not run. */
 mx::array dequantize(const QuantizedRows& rows);
 
+/** [B, V] -> int32 [B]: the first of the largest. */
+mx::array argmax(const mx::array& logits);
+/** [B, V] -> float32 [B, V]: logits minus the logarithm of their exponentials' sum. */
+mx::array log_softmax(const mx::array& logits);
+
+/** Which of a row's tokens may be drawn; they are kept by each in this order. */
+struct DrawOptions {
+  float temperature = 1.f;
+  float top_p = 0.f;   // 0 or 1 = off
+  float min_p = 0.f;   // 0 = off
+  int top_k = 0;       // 0 = off
+};
+/** logprobs float32 [B, V], key uint32 [2] -> int32 [B]. One uniform number a row, and the token at that part of the sum of the filtered exponentials:
+ *  for one row what mlx::core::random::categorical draws, but for rounding. Reference: mlx_lm/sample_utils.py, mlx/random.cpp */
+mx::array draw(const mx::array& logprobs, const mx::array& key, const DrawOptions& options);
+
 /** True when the CPU kernels can run here (always on x86-64 and arm64 Linux; false where MLX's default device is a GPU). */
 bool active();
 

@@ -8,6 +8,7 @@
 #include "kernels/cpu/block.h"
 #include "kernels/cpu/kernel.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/panels.h"
 #include "kernels/cpu/rows.h"
 
 namespace mlxlm::kernels::cpu {
@@ -27,7 +28,7 @@ struct Prepared {
     a.x = x.data();
     a.digits = nullptr;
     const bool quantized = w.quantized();
-    const bool use_digits = quantized && !exact && precision() != Precision::exact && isa().uses_digits && w.panels.group <= 128;
+    const bool use_digits = quantized && !exact && precision() != Precision::exact && isa().uses_digits && w.panels.takes_digits();
     if (quantized) {
       a.groups = k / w.panels.group;
       sums.resize(int64_t(m) * a.groups);
@@ -44,8 +45,8 @@ struct Prepared {
         rows.load(i, xi);
         if (!quantized) continue;
         if (use_digits) {
-          isa().make_digits(xi, k, w.panels.group, w.panels.bits, a.digit_count, digits.data() + a.digit_count * i * k, steps.data() + i * a.groups,
-                            sums.data() + i * a.groups);
+          isa().make_digits(xi, k, w.panels.group, w.panels.digit_form(), a.digit_count, digits.data() + a.digit_count * i * k,
+                            steps.data() + i * a.groups, sums.data() + i * a.groups);
         } else {
           isa().group_sums(xi, k, w.panels.group, sums.data() + i * a.groups);
         }
@@ -162,20 +163,7 @@ void expand_row(const PackedMatrix& w, int64_t n, float* out) {
     isa().load(w.dense_row(0, static_cast<int>(n)), w.storage, out, w.k);
     return;
   }
-  const Panels& p = w.panels;
-  const uint8_t* panel = w.panel(0, static_cast<int>(n / 16));
-  const int lane = static_cast<int>(n % 16), dwords = p.group * p.bits / 32, per = 32 / p.bits;
-  for (int g = 0; g < p.k / p.group; ++g, panel += p.group_bytes()) {
-    float scale, bias;
-    const uint8_t* scales = panel + dwords * 64;
-    isa().load(scales + lane * p.scale_bytes(), p.scales, &scale, 1);
-    isa().load(scales + (16 + lane) * p.scale_bytes(), p.scales, &bias, 1);
-    for (int d = 0; d < dwords; ++d) {
-      uint32_t word;
-      std::memcpy(&word, panel + (d * 16 + lane) * 4, 4);
-      for (int j = 0; j < per; ++j) *out++ = float((word >> (p.bits * j)) & ((1u << p.bits) - 1)) * scale + bias;
-    }
-  }
+  expand_panel_row(w.panels, w.panel(0, static_cast<int>(n / 16)), static_cast<int>(n % 16), out);
 }
 
 mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::optional<mx::array>& bias) {
@@ -189,7 +177,8 @@ mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::option
     storage_of(bias->dtype());
     inputs.push_back(*bias);
   }
-  return make_kernel("Matmul", std::move(shape), x.dtype(), std::move(inputs), [w](const auto& in, auto& out) { run_matmul(in, out[0], *w); });
+  return make_kernel("Matmul", std::move(shape), x.dtype(), std::move(inputs),
+                     [w](const auto& in, auto& out) { run_matmul(in, out[0], *w); });
 }
 
 mx::array gather_matmul(const mx::array& x, const PackedMatrixPtr& w, const mx::array& indices, bool per_expert_input,
@@ -198,7 +187,8 @@ mx::array gather_matmul(const mx::array& x, const PackedMatrixPtr& w, const mx::
   if (bias) throw Error(Code::unsupported, "gather_matmul", "a bias of stacked experts");
   storage_of(x.dtype());
   auto shape = indices.shape();
-  const auto rows = x.size() / w->k, wanted = per_expert_input || shape.empty() ? indices.size() : indices.size() / std::max(1, shape.back());
+  const auto rows = x.size() / w->k,
+             wanted = per_expert_input || shape.empty() ? indices.size() : indices.size() / std::max(1, shape.back());
   if (rows != wanted) throw Error(Code::internal, "gather_matmul", "x and indices are of different tokens");
   shape.push_back(w->rows);
   return make_kernel("GatherMatmul", std::move(shape), x.dtype(), {x, mx::astype(indices, mx::int32)},
