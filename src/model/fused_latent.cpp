@@ -73,7 +73,8 @@ void Program::attend_in_latent(const FusedLatent& op, const std::vector<Sequence
     const auto& memory = *sequences[piece.sequence].layers[op.memory.layer];
     const int tokens = sequences[piece.sequence].tokens;
     parts.push_back({absorbed + at * op.heads * wide, mixed + at * op.heads * op.latent, piece.count, memory.plan.keys.data<void>(),
-                     memory.plan.values.data<void>(), memory.plan.visible_rows - tokens + piece.first + 1, memory.window});
+                     memory.plan.values.data<void>(), memory.plan.visible_rows - tokens + piece.first + 1, memory.window, {}});
+    for (const auto& shared : memory.plan.shared) parts.back().shared.push_back({shared->keys.data<void>(), shared->values.data<void>(), shared->rows});
     at += piece.count;
   }
   const auto storage = cpu::storage_of(sequences[chunk.pieces[0].sequence].layers[op.memory.layer]->plan.keys.dtype());

@@ -104,7 +104,7 @@ struct Latent {
 
   explicit Latent(int tokens) : q(noise(7, int64_t(tokens) * heads * (latent + more))) {}
   cpu::LatentAttention call(int first, int count, int visible, int window, std::vector<float>& out) const {
-    return {q.data() + int64_t(first) * heads * (latent + more), out.data() + int64_t(first) * heads * latent, count, k.data(), r.data(), visible, window};
+    return {q.data() + int64_t(first) * heads * (latent + more), out.data() + int64_t(first) * heads * latent, count, k.data(), r.data(), visible, window, {}};
   }
   double value(int row, int visible, int window, int dim) const {
     const float* query = q.data() + int64_t(row) * (latent + more);
@@ -150,6 +150,19 @@ TEST(LatentAttention, GivesTheSameBitsInPiecesAndBatches) {
     EXPECT_EQ(pieces, whole);
     EXPECT_EQ(batch, whole);
   }
+}
+
+TEST(LatentAttention, ReadsSharedRowsFirst) {
+  const Latent l(2);
+  std::vector<float> whole(2 * Latent::heads * Latent::latent), cut = whole;
+  auto call = l.call(0, 2, 1000, 0, whole);
+  cpu::eager_latent_attention({call}, latent_shape);
+  call.out = cut.data();
+  call.shared = {{l.k.data(), l.r.data(), 64}, {l.k.data() + 64 * Latent::latent, l.r.data() + 64 * Latent::more, 128}};
+  call.latent = l.k.data() + 192 * Latent::latent;
+  call.more = l.r.data() + 192 * Latent::more;
+  cpu::eager_latent_attention({call}, latent_shape);
+  EXPECT_EQ(cut, whole);
 }
 
 TEST(QuantizeRow, IsMlxsQuantize) {

@@ -93,12 +93,21 @@ class Tile {
  private:
   void load_keys(Workspace& w, int at, int count) const {
     const int64_t item = shape_.storage == Storage::f32 ? 4 : 2, latent = shape_.latent_dims, more = shape_.more_dims;
+    const void *latents = s_.latent, *mores = s_.more;
+    for (const auto& part : s_.shared) {  // a block lies in one part
+      if (at < part.rows) {
+        latents = part.latent;
+        mores = part.more;
+        break;
+      }
+      at -= part.rows;
+    }
     float *k = w.k.get(int64_t(attention_block) * key_dims_), *v = w.v.get(int64_t(attention_block) * value_dims_);
     for (int64_t j = 0; j < count; ++j, k += key_dims_, v += value_dims_) {
-      isa().load(static_cast<const uint8_t*>(s_.latent) + (at + j) * latent * item, shape_.storage, v, latent);
+      isa().load(static_cast<const uint8_t*>(latents) + (at + j) * latent * item, shape_.storage, v, latent);
       std::fill(v + latent, v + value_dims_, 0.f);
       std::copy_n(v, latent, k);
-      isa().load(static_cast<const uint8_t*>(s_.more) + (at + j) * more * item, shape_.storage, k + latent, more);
+      isa().load(static_cast<const uint8_t*>(mores) + (at + j) * more * item, shape_.storage, k + latent, more);
       std::fill(k + latent + more, k + key_dims_, 0.f);
     }
   }

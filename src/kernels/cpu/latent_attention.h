@@ -16,6 +16,11 @@ struct LatentAttention {
   const void *latent = nullptr, *more = nullptr;  // [rows][latent_dims], [rows][more_dims]
   int visible = 0;  // keys that the first token sees; each next one sees one more
   int window = 0;   // > 0: only the last so many of them
+  struct Shared {
+    const void *latent, *more;
+    int rows;  // a multiple of attention_block
+  };
+  std::vector<Shared> shared{};  // rows that come before those of `latent` and `more`
 };
 struct LatentShape {
   int heads, latent_dims, more_dims;
