@@ -205,7 +205,6 @@ TEST(HeadMaps, BothWays) {
   const auto q = quantized(5, {3, 8, 32}, {"affine", 4, 32});
   const auto y = random(6, {1, 3, 2, 32});
   EXPECT_TRUE(near(nn::HeadMaps(q, mx::float32)(y, true), values_of(plain(y, q)), 1e-5));
-  EXPECT_GT(maps.bytes(), 0);
 }
 
 // ---- norms, activations, rotation, attention -----------------------------------------------------------------------
