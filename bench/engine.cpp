@@ -1,10 +1,11 @@
-// Measures the engine on a real model, one JSON line a result: throughput by sequences, time between tokens while a long prompt is admitted,
-// and prefix reuse against prefill. Run: bench_engine MODEL [throughput|admission|learned|prefix|prefix_small|chunks]... (learned: admission with the default budget only)
+// Measures the engine on a real model, one JSON line a result: throughput by sequences, time between tokens while a long prompt is
+// admitted, and prefix reuse against prefill. Run: bench_engine MODEL [throughput|admission|learned|prefix|prefix_small|chunks]...
+// (learned: admission with the default budget only)
 #include <algorithm>
 #include <chrono>
-#include <ctime>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <map>
 #include <set>
 #include <string>
@@ -59,9 +60,11 @@ struct Bench {
     std::vector<double> steps;
     while (engine.has_work()) steps.push_back(engine.step().seconds);
     const double seconds = now_s() - start;
-    fmt::print("{{\"bench\":\"throughput\",\"sequences\":{},\"tokens_per_s\":{:.1f},\"step_ms_median\":{:.2f},\"threads\":{},\"executor\":\"{}\"}}\n",
-               sequences, static_cast<double>(engine.counters().generated_tokens - before) / seconds, quantile(steps, 0.5) * 1e3,
-               compute_pool().threads(), model.executor());
+    fmt::print(
+        "{{\"bench\":\"throughput\",\"sequences\":{},\"tokens_per_s\":{:.1f},\"step_ms_median\":{:.2f},\"threads\":{},\"executor\":\"{}\"}}"
+        "\n",
+        sequences, static_cast<double>(engine.counters().generated_tokens - before) / seconds, quantile(steps, 0.5) * 1e3,
+        compute_pool().threads(), model.executor());
     std::fflush(stdout);
   }
 
@@ -92,7 +95,8 @@ struct Bench {
     gen::ModelRunner runner(model, limits);
     engine::Engine engine(runner, limits, now_s);
     std::map<engine::SequenceId, double> last;
-    for (int i = 0; i < kSequences; ++i) last[engine.submit({.tokens = prompt(256 + 16 * i, i, model.description().vocab), .max_tokens = -1})] = 0;
+    for (int i = 0; i < kSequences; ++i)
+      last[engine.submit({.tokens = prompt(256 + 16 * i, i, model.description().vocab), .max_tokens = -1})] = 0;
     std::map<engine::SequenceId, std::vector<double>> gaps;
     engine::SequenceId admitted = 0;
     double submitted = 0, first_token = 0, alone_worst = 0, shared_worst = 0;
@@ -123,11 +127,13 @@ struct Bench {
     auto all = alone;
     all.insert(all.end(), shared.begin(), shared.end());
     fmt::print(
-        "{{\"bench\":\"admission\",\"step_tokens\":{},\"gap_ms_median_alone\":{:.1f},\"gap_ms_worst_alone\":{:.1f},\"gap_ms_median\":{:.1f},"
+        "{{\"bench\":\"admission\",\"step_tokens\":{},\"gap_ms_median_alone\":{:.1f},\"gap_ms_worst_alone\":{:.1f},\"gap_ms_median\":{:.1f}"
+        ","
         "\"gap_ms_p99\":{:.1f},\"gap_ms_worst\":{:.1f},\"worst_over_median_alone\":{:.2f},\"p99_over_median_alone\":{:.2f},"
         "\"worst_over_median\":{:.2f},\"first_token_s\":{:.2f},\"threads\":{},\"executor\":\"{}\"}}\n",
         step_tokens, median * 1e3, alone_worst * 1e3, quantile(shared, 0.5) * 1e3, quantile(shared, 0.99) * 1e3, shared_worst * 1e3,
-        shared_worst / median, quantile(shared, 0.99) / median, shared_worst / quantile(all, 0.5), first_token - submitted, compute_pool().threads(), model.executor());
+        shared_worst / median, quantile(shared, 0.99) / median, shared_worst / quantile(all, 0.5), first_token - submitted,
+        compute_pool().threads(), model.executor());
     std::fflush(stdout);
   }
 
@@ -161,8 +167,8 @@ struct Bench {
     fmt::print(
         "{{\"bench\":\"prefix\",\"prefix\":\"{}\",\"requests\":{},\"shared_tokens\":{},\"seconds\":{:.2f},\"first_token_s_median\":{:.2f},"
         "\"prompt_tokens_run\":{},\"reused_tokens\":{},\"cache_mb_most\":{:.1f},\"threads\":{},\"executor\":\"{}\"}}\n",
-        how, requests, shared_tokens, now_s() - start, quantile(first, 0.5), engine.counters().prompt_tokens, engine.counters().reused_tokens,
-        static_cast<double>(most) / 1e6, compute_pool().threads(), model.executor());
+        how, requests, shared_tokens, now_s() - start, quantile(first, 0.5), engine.counters().prompt_tokens,
+        engine.counters().reused_tokens, static_cast<double>(most) / 1e6, compute_pool().threads(), model.executor());
     std::fflush(stdout);
   }
 };

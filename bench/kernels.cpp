@@ -1,5 +1,5 @@
-// Kernel benchmarks: read bandwidth of this machine, and matrix products at the shapes of a model's layers. Weights are rotated past the caches.
-// Run by ./dev bench kernels; --benchmark_format=json for scripts.
+// Kernel benchmarks: read bandwidth of this machine, and matrix products at the shapes of a model's layers. Weights are rotated past the
+// caches. Run by ./dev bench kernels; --benchmark_format=json for scripts.
 #include <memory>
 #include <numeric>
 #include <string>
@@ -49,7 +49,10 @@ cpu::PackedMatrixPtr some_matrix(int rows, int k, int bits, int group) {
     group = group == 33 ? 32 : group;
     const std::vector<uint8_t> bytes(int64_t(rows) * k / group, 120);
     return cpu::pack_float({mx::array(words.data(), {rows, k * bits / 32})}, {mx::array(bytes.data(), {rows, k / group})},
-                           bits == 8 ? "mxfp8" : group == 16 ? "nvfp4" : "mxfp4", bits, group);
+                           bits == 8     ? "mxfp8"
+                           : group == 16 ? "nvfp4"
+                                         : "mxfp4",
+                           bits, group);
   }
   const std::vector<uint16_t> scales(int64_t(rows) * k / group, 0x2000);
   const mx::Shape shape{rows, k / group};

@@ -62,7 +62,8 @@ int main(int argc, char** argv) try {
   const double count = static_cast<double>((tokens.size() - 1) / chunk_tokens * chunk_tokens);
   Result exact;
   using kernels::cpu::Precision;
-  for (const auto& [name, precision] : {std::pair{"exact", Precision::exact}, {"default", Precision::standard}, {"fast", Precision::fast}}) {
+  for (const auto& [name, precision] :
+       {std::pair{"exact", Precision::exact}, {"default", Precision::standard}, {"fast", Precision::fast}}) {
     kernels::cpu::set_precision(precision);
     session.loaded = model::load(argv[1]);
     measure(*session.loaded.model, {tokens.begin(), tokens.begin() + chunk_tokens + 1});
@@ -74,11 +75,13 @@ int main(int argc, char** argv) try {
       divergence += mx::sum(mx::exp(p) * (p - q)).item<float>();
       same += mx::sum(mx::equal(sample::likeliest(p), sample::likeliest(q))).item<int>();
     }
-    fmt::print("{{\"precision\": \"{}\", \"tokens\": {}, \"perplexity\": {:.5f}, \"against_exact_percent\": {:.4f}, \"mean_kl\": {:.2e}, \"same_top_token_percent\": {:.2f}, "
-               "\"tokens_per_s\": {:.0f}}}\n",
-               name, count, std::exp(result.negative_log_likelihood / count),
-               100 * (std::exp((result.negative_log_likelihood - exact.negative_log_likelihood) / count) - 1), divergence / count, 100 * same / count,
-               count / result.seconds);
+    fmt::print(
+        "{{\"precision\": \"{}\", \"tokens\": {}, \"perplexity\": {:.5f}, \"against_exact_percent\": {:.4f}, \"mean_kl\": {:.2e}, "
+        "\"same_top_token_percent\": {:.2f}, "
+        "\"tokens_per_s\": {:.0f}}}\n",
+        name, count, std::exp(result.negative_log_likelihood / count),
+        100 * (std::exp((result.negative_log_likelihood - exact.negative_log_likelihood) / count) - 1), divergence / count,
+        100 * same / count, count / result.seconds);
     std::fflush(stdout);
   }
   return 0;

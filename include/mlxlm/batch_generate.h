@@ -10,8 +10,8 @@
 
 namespace mlxlm {
 
-/** One prompt with its own options. `prompt` is used as it is: see Model::chat_prompt. prefill_step_size is that of BatchOptions; all prompts with a
- *  draft_model have the same one. */
+/** One prompt with its own options. `prompt` is used as it is: see Model::chat_prompt. prefill_step_size is that of BatchOptions; all
+ * prompts with a draft_model have the same one. */
 struct BatchPrompt {
   std::string prompt;
   GenerateOptions options{};
@@ -24,7 +24,7 @@ struct BatchResult {
   std::string finish_reason;      // "stop", "length", "cancelled"; "error"
   std::string error;              // one line; empty = none
   int prompt_tokens = 0, generation_tokens = 0;
-  int accepted_tokens = 0;        // of generation_tokens: guesses
+  int accepted_tokens = 0;  // of generation_tokens: guesses
 };
 
 struct BatchStats {
@@ -37,9 +37,9 @@ struct BatchOptions {
   int max_sequences = 32;       // answered at a time
   int prefill_step_size = 512;  // prompt tokens processed at a time
   bool want_logprobs = false;
-  std::function<void(std::size_t index, const BatchResult&)> on_result{};  // as each ends
+  std::function<void(std::size_t index, const BatchResult&)> on_result{};     // as each ends
   std::function<bool(std::size_t index, const std::string& text)> on_text{};  // more text of an answer; false ends that answer
-  const std::atomic<bool>* cancel = nullptr;                               // may be set by another thread
+  const std::atomic<bool>* cancel = nullptr;                                  // may be set by another thread
 };
 
 /** Results in order of the prompts. Each is what generate() gives for it alone; one that cannot be run fails alone. */

@@ -40,8 +40,8 @@ class Model {
 /** A folder, a .gguf file or "org/name"; empty = the default model. Throws mlxlm::Error (a std::runtime_error). */
 Model load(const std::string& path_or_repo = "", const LoadOptions& options = {});
 
-/** What a model remembers of a text, to go on from: prompts continue it, and it then holds prompt and answer as well. Movable. Not for two calls at a
- *  time. */
+/** What a model remembers of a text, to go on from: prompts continue it, and it then holds prompt and answer as well. Movable. Not for two
+ * calls at a time. */
 class PromptCache {
  public:
   PromptCache();  // of nothing
@@ -77,8 +77,8 @@ struct GenerateOptions {
   std::vector<std::string> stop{};
   int kv_bits = 0, kv_group_size = 64;  // caches with so many bits a number, 2 to 8; 0 = not quantized
   int quantized_kv_start = 0;           // tokens before they are
-  // Tokens guessed ahead and checked by the model in one call, faster where the guesses are often right. The answer stays the model's own; with
-  // sampling, it has the model's own distribution.
+  // Tokens guessed ahead and checked by the model in one call, faster where the guesses are often right. The answer stays the model's own;
+  // with sampling, it has the model's own distribution.
   const Model* draft_model = nullptr;   // a smaller model with the same tokens, which outlives the call
   int num_draft_tokens = 3;             // that it guesses at a time
   int ngram_draft_tokens = 0;           // instead of it: guess out of the text so far, at most so many tokens at a time

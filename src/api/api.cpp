@@ -116,8 +116,12 @@ void PromptCache::save(const Model& model, const std::string& file) const {
   cache::save_prompt_file(file, impl_->caches, {{"model", model.impl().session.loaded.path.string()}, {"tokenizer_config", "{}"}});
 }
 
-int PromptCache::tokens() const { return impl_->caches.empty() ? 0 : cache::prompt_tokens(impl_->caches); }
-int PromptCache::trim(int n) { return n > 0 && !impl_->caches.empty() ? cache::trim(impl_->caches, n) : 0; }
+int PromptCache::tokens() const {
+  return impl_->caches.empty() ? 0 : cache::prompt_tokens(impl_->caches);
+}
+int PromptCache::trim(int n) {
+  return n > 0 && !impl_->caches.empty() ? cache::trim(impl_->caches, n) : 0;
+}
 
 PromptCache PromptCache::copy() const {
   PromptCache made;

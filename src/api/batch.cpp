@@ -71,7 +71,8 @@ model::CausalModel* draft_model_of_all(const std::vector<BatchPrompt>& prompts, 
 
 }  // namespace
 
-std::vector<BatchResult> batch_generate(Model& model, const std::vector<BatchPrompt>& prompts, const BatchOptions& options, BatchStats* stats) {
+std::vector<BatchResult> batch_generate(Model& model, const std::vector<BatchPrompt>& prompts, const BatchOptions& options,
+                                        BatchStats* stats) {
   auto& session = model.impl().session;
   std::vector<gen::BatchItem> items;
   for (const auto& p : prompts) items.push_back(to_item(p, session.tokenizer, options.want_logprobs));
@@ -82,10 +83,11 @@ std::vector<BatchResult> batch_generate(Model& model, const std::vector<BatchPro
   if (options.on_result) run.on_answer = [&](std::size_t i, const gen::BatchAnswer& a) { options.on_result(i, to_public(a)); };
   gen::BatchGenerator::Stats measured;
   std::vector<BatchResult> results;
-  for (const auto& a : gen::batch_generate(*session.loaded.model, session.tokenizer, items, run, &measured)) results.push_back(to_public(a));
+  for (const auto& a : gen::batch_generate(*session.loaded.model, session.tokenizer, items, run, &measured))
+    results.push_back(to_public(a));
   if (stats) {
-    *stats = {measured.prompt_tokens, measured.generation_tokens, measured.steps, measured.drafted_tokens, measured.accepted_tokens, measured.wall_s, measured.generation_tps(),
-              measured.peak_memory_gb};
+    *stats = {measured.prompt_tokens, measured.generation_tokens, measured.steps,         measured.drafted_tokens, measured.accepted_tokens,
+              measured.wall_s,        measured.generation_tps(),  measured.peak_memory_gb};
   }
   return results;
 }

@@ -32,10 +32,10 @@ class Config {
   std::string text(std::string_view key, std::string_view fallback) const;
   std::optional<int> maybe_integer(std::string_view key) const;
   std::optional<float> maybe_real(std::string_view key) const;
-  std::vector<int> integers(std::string_view key) const;       // absent = empty
-  std::vector<float> reals(std::string_view key) const;        // absent = empty
+  std::vector<int> integers(std::string_view key) const;         // absent = empty
+  std::vector<float> reals(std::string_view key) const;          // absent = empty
   std::vector<std::string> strings(std::string_view key) const;  // absent = empty
-  bool has(std::string_view key) const;                        // present and not null; counts as read
+  bool has(std::string_view key) const;                          // present and not null; counts as read
   /** A nested object as a Config whose reads are recorded under "key.". Absent = an empty one. */
   Config sub(std::string_view key) const;
   /** The same reader (place, record of reads) over another object. */

@@ -53,7 +53,7 @@ struct Attention {
   int heads = 0, kv_heads = 0, head_dim = 0;
   float scale = 0.f;  // 0 = head_dim^-0.5
   bool qkv_bias = false, out_bias = false;
-  std::optional<Rope> rope{};  // none = no positional encoding
+  std::optional<Rope> rope{};              // none = no positional encoding
   std::optional<Norm> q_norm{}, k_norm{};  // per head, before the rotation
   bool norm_full_width = false;            // q_norm/k_norm over all heads at once
   std::optional<int> window{};             // tokens that a query sees, itself included; set = rotating cache
@@ -94,20 +94,20 @@ struct Mlp {
 /** Routed experts, stacked along the first axis of each parameter. */
 struct Moe {
   std::string at = "mlp";
-  std::string router = "gate";         // router weight, [X, D]
+  std::string router = "gate";  // router weight, [X, D]
   std::string experts_at = "switch_mlp";
   std::string gate = "gate_proj", up = "up_proj", down = "down_proj";  // below experts_at; gate only when gated
   int experts = 0, top_k = 0, hidden = 0;
   Route route = Route::softmax;
-  bool correction_bias = false;  // e_score_correction_bias [X] beside the router: chooses, does not weigh
+  bool correction_bias = false;      // e_score_correction_bias [X] beside the router: chooses, does not weigh
   bool router_is_parameter = false;  // the router is a bare weight in f32 arithmetic (deepseek), never quantized
   bool renormalize = true;
   float renormalize_eps = 0.f;  // added to the sum
-  bool gated = true;  // false: down(act(up(x)))
+  bool gated = true;            // false: down(act(up(x)))
   Act act = Act::silu;
-  float scale = 1.f;            // routed_scaling_factor
+  float scale = 1.f;  // routed_scaling_factor
   int groups = 1, groups_kept = 1;
-  int latent = 0;               // 0 = experts work at model width; else fc1_latent_proj / fc2_latent_proj around them
+  int latent = 0;  // 0 = experts work at model width; else fc1_latent_proj / fc2_latent_proj around them
   // shared expert, run on every token
   std::string shared_at = "shared_experts";
   int shared_hidden = 0;  // 0 = none
@@ -121,7 +121,7 @@ struct Mamba2 {
   int heads = 0, head_dim = 0, state = 0, groups = 0, conv = 0;
   bool conv_bias = true, proj_bias = false;
   float norm_eps = 1e-5f;
-  int norm_group = 0;  // width of a group of the gated norm
+  int norm_group = 0;                  // width of a group of the gated norm
   float dt_min = 0.f, dt_max = 1e30f;  // time_step_limit
 };
 

@@ -29,7 +29,8 @@ void tie_head(const Config& c, Model& m, bool fallback);
 constexpr int max_layers = 4096, max_hidden = 1 << 20, max_heads = 1 << 14, max_head_dim = 1 << 14;
 /** num_hidden_layers, at most max_layers. */
 int layer_count(const Config& c);
-/** layer_types as one flag a layer, empty if absent: whether it is sliding_attention. Throws for other kinds than that and full_attention. */
+/** layer_types as one flag a layer, empty if absent: whether it is sliding_attention. Throws for other kinds than that and full_attention.
+ */
 std::vector<bool> sliding_layers(const Config& c, int layers);
 /** The same reader with `defaults` for the keys that are absent (null counts as a value if keep_null). */
 Config with_defaults(const Config& c, const json& defaults, bool keep_null = false);

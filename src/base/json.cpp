@@ -12,7 +12,9 @@ namespace {
 
 constexpr int max_depth = 512;
 
-bool is_word_char(char c) { return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || c == '_'; }
+bool is_word_char(char c) {
+  return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || c == '_';
+}
 
 /** Copies `text` to `out` with NaN, Infinity and -Infinity outside strings tagged as objects, if there are any: returns whether.
  *  Throws on nesting that is too deep, which the recursive destructor of a DOM could not survive. */
@@ -54,9 +56,12 @@ bool python_numbers_to_json(std::string_view text, std::string_view where, std::
 void untag_floats(json& value) {
   if (value.is_object() && value.size() == 1 && value.begin().key() == "__float__" && value.begin()->is_string()) {
     const std::string tag = value.begin()->get<std::string>();
-    if (tag == "NaN") value = std::numeric_limits<double>::quiet_NaN();
-    else if (tag == "Infinity") value = std::numeric_limits<double>::infinity();
-    else if (tag == "-Infinity") value = -std::numeric_limits<double>::infinity();
+    if (tag == "NaN")
+      value = std::numeric_limits<double>::quiet_NaN();
+    else if (tag == "Infinity")
+      value = std::numeric_limits<double>::infinity();
+    else if (tag == "-Infinity")
+      value = -std::numeric_limits<double>::infinity();
     return;
   }
   if (value.is_structured()) {
@@ -95,8 +100,12 @@ json parse_json(std::string_view text, std::string_view where) {
   }
 }
 
-json read_json_file(const std::filesystem::path& path) { return parse_json(read_text_file(path), path.string()); }
+json read_json_file(const std::filesystem::path& path) {
+  return parse_json(read_text_file(path), path.string());
+}
 
-std::string to_text(const json& value, int indent) { return value.dump(indent, ' ', false, json::error_handler_t::replace); }
+std::string to_text(const json& value, int indent) {
+  return value.dump(indent, ' ', false, json::error_handler_t::replace);
+}
 
 }  // namespace mlxlm

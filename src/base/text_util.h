@@ -7,9 +7,9 @@
 
 namespace mlxlm {
 
-/** Up to `count` candidates nearest to `name` by edit distance, best first; only plausible ones (distance <= a third of the length, at least 2). */
-std::vector<std::string> nearest_names(std::string_view name, const std::vector<std::string>& candidates,
-                                       int count = 3);
+/** Up to `count` candidates nearest to `name` by edit distance, best first; only plausible ones (distance <= a third of the length, at
+ * least 2). */
+std::vector<std::string> nearest_names(std::string_view name, const std::vector<std::string>& candidates, int count = 3);
 
 /** "a, b, c" */
 std::string join(const std::vector<std::string>& parts, std::string_view separator = ", ");

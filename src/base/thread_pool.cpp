@@ -125,7 +125,9 @@ struct ThreadPool::State {
 
 ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>(std::max(1, threads))) {}
 ThreadPool::~ThreadPool() = default;
-int ThreadPool::threads() const { return state_->threads; }
+int ThreadPool::threads() const {
+  return state_->threads;
+}
 
 void ThreadPool::run(int chunks, void (*call)(void*, int, int), void* context) {
   if (chunks > most_chunks) {  // more than a ticket can count: several to a chunk
@@ -204,7 +206,9 @@ namespace {
 std::atomic<int> wanted_threads{0};
 }
 
-void set_compute_threads(int threads) { wanted_threads = threads; }
+void set_compute_threads(int threads) {
+  wanted_threads = threads;
+}
 
 ThreadPool& compute_pool() {
   // Never destroyed: workers may be asleep in it when the process ends.

@@ -1,13 +1,14 @@
 // One pool for all CPU kernels: fixed threads that spin shortly, then sleep.
 #pragma once
 
-#include <type_traits>
 #include <memory>
+#include <type_traits>
 
 namespace mlxlm {
 
 /** Runs a function over chunk indices on all threads of the pool, the caller included.
- *  Chunks are claimed one at a time, so a busy core or a sleeping thread does not stall the rest. Thread-safe: one parallel region at a time. */
+ *  Chunks are claimed one at a time, so a busy core or a sleeping thread does not stall the rest. Thread-safe: one parallel region at a
+ * time. */
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);
@@ -21,7 +22,8 @@ class ThreadPool {
    *  body must not throw and must not call parallel_for. */
   template <class Body>
   void parallel_for(int chunks, Body&& body) {
-    run(chunks, [](void* context, int chunk, int thread) { (*static_cast<std::remove_reference_t<Body>*>(context))(chunk, thread); },
+    run(
+        chunks, [](void* context, int chunk, int thread) { (*static_cast<std::remove_reference_t<Body>*>(context))(chunk, thread); },
         const_cast<void*>(static_cast<const void*>(&body)));
   }
 

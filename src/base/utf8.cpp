@@ -8,7 +8,7 @@ constexpr char32_t replacement = 0xFFFD;
 
 struct Sequence {
   char32_t code_point = replacement;
-  std::size_t bytes = 1;    // how many bytes to consume
+  std::size_t bytes = 1;  // how many bytes to consume
   bool valid = false;
   bool incomplete = false;  // valid so far, cut off by the end
 };
@@ -68,8 +68,10 @@ std::string to_valid_utf8(std::string_view bytes) {
   out.reserve(bytes.size());
   for (std::size_t i = 0; i < bytes.size();) {
     const Sequence sequence = read_sequence(bytes, i);
-    if (sequence.valid) out.append(bytes.substr(i, sequence.bytes));
-    else out.append("\xEF\xBF\xBD");
+    if (sequence.valid)
+      out.append(bytes.substr(i, sequence.bytes));
+    else
+      out.append("\xEF\xBF\xBD");
     i += sequence.bytes;
   }
   return out;

@@ -33,7 +33,9 @@ void settle_in_memory(std::optional<mx::array>& a, mx::Dtype dtype) {
   mx::eval(*a);
 }
 
-int64_t bytes_of(const std::optional<mx::array>& a) { return a ? static_cast<int64_t>(a->nbytes()) : 0; }
+int64_t bytes_of(const std::optional<mx::array>& a) {
+  return a ? static_cast<int64_t>(a->nbytes()) : 0;
+}
 
 std::vector<mx::array> both(const std::optional<mx::array>& a, const std::optional<mx::array>& b, const std::optional<mx::array>& written) {
   std::vector<mx::array> list;
@@ -45,13 +47,17 @@ std::vector<mx::array> both(const std::optional<mx::array>& a, const std::option
 
 }  // namespace
 
-WritePlan AttentionCache::plan_write(int, const KvShape&) { throw Error(Code::internal, "cache", "this kind is not written by kernels"); }
+WritePlan AttentionCache::plan_write(int, const KvShape&) {
+  throw Error(Code::internal, "cache", "this kind is not written by kernels");
+}
 
 std::unique_ptr<AttentionCache> AttentionCache::quantized(int, int) const {
   throw Error(Code::unsupported, "cache", "got a kind of cache that cannot be quantized");
 }
 
-Stored Cache::stored() const { throw Error(Code::unsupported, "prompt cache", "got a kind of cache that cannot be stored"); }
+Stored Cache::stored() const {
+  throw Error(Code::unsupported, "prompt cache", "got a kind of cache that cannot be stored");
+}
 
 void AttentionCache::settle() const {
   if (written_) mx::eval(*written_);
@@ -126,7 +132,9 @@ void KvCache::cut_shared() {
   for (const auto& part : parts) {
     const int left = std::min(part->rows, offset_ - shared_rows_);
     const int whole = left / shared_block_rows * shared_block_rows;
-    if (whole > 0) shared_.push_back(whole == part->rows ? part : std::make_shared<const SharedRows>(SharedRows{part->keys, part->values, whole, part->loan}));
+    if (whole > 0)
+      shared_.push_back(whole == part->rows ? part
+                                            : std::make_shared<const SharedRows>(SharedRows{part->keys, part->values, whole, part->loan}));
     shared_rows_ += whole;
     if (left > whole) {
       keys_ = deep(rows(part->keys, whole, left));
@@ -171,7 +179,9 @@ void KvCache::forget_loan() const {
   lent_rows_ = 0;
 }
 
-std::vector<mx::array> KvCache::state() const { return both(keys_, values_, written_); }
+std::vector<mx::array> KvCache::state() const {
+  return both(keys_, values_, written_);
+}
 
 int64_t KvCache::bytes() const {
   int64_t total = bytes_of(keys_) + bytes_of(values_);
@@ -255,7 +265,9 @@ std::unique_ptr<KvCache> KvCache::restored(mx::array keys, mx::array values, int
   return made;
 }
 
-RotatingKvCache::RotatingKvCache(int max_size_tokens, int keep_tokens) { ring_ = {.max_size = max_size_tokens, .keep = keep_tokens}; }
+RotatingKvCache::RotatingKvCache(int max_size_tokens, int keep_tokens) {
+  ring_ = {.max_size = max_size_tokens, .keep = keep_tokens};
+}
 
 /** As the two branches of update(), in rows instead of arrays. */
 WritePlan RotatingKvCache::plan_write(int tokens, const KvShape& shape) {
@@ -344,8 +356,12 @@ void RotatingKvCache::rewind(int n) {
   values_ = rows(*values_, 0, ring_.index);
 }
 
-std::vector<mx::array> RotatingKvCache::state() const { return both(keys_, values_, written_); }
-int64_t RotatingKvCache::bytes() const { return bytes_of(keys_) + bytes_of(values_); }
+std::vector<mx::array> RotatingKvCache::state() const {
+  return both(keys_, values_, written_);
+}
+int64_t RotatingKvCache::bytes() const {
+  return bytes_of(keys_) + bytes_of(values_);
+}
 
 std::unique_ptr<Cache> RotatingKvCache::copy() const {
   settle();
@@ -410,8 +426,12 @@ Caches make_caches(const arch::Model& model, int max_kv_size_tokens) {
   Caches caches;
   for (const auto& layer : plan::cache_layout(model)) {
     switch (layer.kind) {
-      case plan::CacheKind::none: caches.push_back(nullptr); break;
-      case plan::CacheKind::recurrent: caches.push_back(std::make_unique<RecurrentCache>(2)); break;
+      case plan::CacheKind::none:
+        caches.push_back(nullptr);
+        break;
+      case plan::CacheKind::recurrent:
+        caches.push_back(std::make_unique<RecurrentCache>(2));
+        break;
       case plan::CacheKind::rotating:
         caches.push_back(std::make_unique<RotatingKvCache>(
             max_kv_size_tokens > 0 ? std::min(max_kv_size_tokens, layer.window_tokens) : layer.window_tokens, 0));

@@ -34,7 +34,8 @@ class Cache {
   virtual bool trimmable() const = 0;
   /** Forgets the last n tokens; returns how many it forgot. */
   virtual int trim(int n) = 0;
-  /** Whether rewind() can take back any of `tokens` tokens that are about to be added; else a copy made before must take this cache's place. */
+  /** Whether rewind() can take back any of `tokens` tokens that are about to be added; else a copy made before must take this cache's
+   * place. */
   virtual bool can_rewind(int /*tokens*/, bool /*one_call*/) const { return trimmable(); }
   /** Takes back the last n tokens, as can_rewind() promised; the first token of the latest call stays. */
   virtual void rewind(int n) { trim(n); }
@@ -64,17 +65,17 @@ struct SharedRows {
 };
 using SharedRowsPtr = std::shared_ptr<const SharedRows>;
 
-/** What a kernel that works on the memory itself must do to add L tokens: copy rows, write the new ones, then read all shared rows and after
- *  them rows of its own, visible_rows in all. */
+/** What a kernel that works on the memory itself must do to add L tokens: copy rows, write the new ones, then read all shared rows and
+ * after them rows of its own, visible_rows in all. */
 struct WritePlan {
   struct Copy {
     int from, to, rows;
   };
-  mx::array keys, values;                                // in memory, [1,K,C,E] and [1,K,C,F], row contiguous
-  std::optional<mx::array> old_keys{}, old_values{};     // where the copies come from
+  mx::array keys, values;                             // in memory, [1,K,C,E] and [1,K,C,F], row contiguous
+  std::optional<mx::array> old_keys{}, old_values{};  // where the copies come from
   std::vector<Copy> copies{};
-  int write_at = 0, visible_rows = 0;                    // write_at: a row of its own
-  std::vector<SharedRowsPtr> shared{};                   // come before its own
+  int write_at = 0, visible_rows = 0;   // write_at: a row of its own
+  std::vector<SharedRowsPtr> shared{};  // come before its own
 };
 
 /** Shared rows come in multiples of this: what the attention kernels take as one block. */
@@ -115,8 +116,8 @@ class AttentionCache : public Cache {
   mutable std::optional<mx::array> written_;
 };
 
-/** Keeps everything; grows in blocks of 256 tokens. A copy shares what fills whole blocks of shared_block_rows and holds the rest itself; where one array of
- *  everything is asked for (the graph executor, files), shared rows are copied then. */
+/** Keeps everything; grows in blocks of 256 tokens. A copy shares what fills whole blocks of shared_block_rows and holds the rest itself;
+ * where one array of everything is asked for (the graph executor, files), shared rows are copied then. */
 class KvCache final : public AttentionCache {
  public:
   std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) override;
@@ -146,9 +147,9 @@ class KvCache final : public AttentionCache {
   void cut_shared();
   bool would_change_lent_rows() const { return own_rows() < lent_rows_ && loan_.use_count() > 1; }
   void forget_loan() const;
-  std::vector<SharedRowsPtr> shared_;       // whole blocks
+  std::vector<SharedRowsPtr> shared_;  // whole blocks
   int shared_rows_ = 0;
-  std::optional<mx::array> keys_, values_;  // its own: [B,K,capacity,E]
+  std::optional<mx::array> keys_, values_;   // its own: [B,K,capacity,E]
   mutable std::shared_ptr<const int> loan_;  // of these, copies see the first lent_rows_
   mutable int lent_rows_ = 0;
   int offset_ = 0;

@@ -4,8 +4,12 @@
 namespace mlxlm::cache {
 namespace {
 
-void note(LayerShape& shape, const arch::Attention& op) { shape.kv = LayerShape::Kv{op.kv_heads, op.head_dim, op.head_dim}; }
-void note(LayerShape& shape, const arch::Mla& op) { shape.kv = LayerShape::Kv{1, op.kv_lora, op.rope_dim}; }
+void note(LayerShape& shape, const arch::Attention& op) {
+  shape.kv = LayerShape::Kv{op.kv_heads, op.head_dim, op.head_dim};
+}
+void note(LayerShape& shape, const arch::Mla& op) {
+  shape.kv = LayerShape::Kv{1, op.kv_lora, op.rope_dim};
+}
 void note(LayerShape& shape, const arch::Mamba2& op) {
   const int inner = op.heads * op.head_dim;
   shape.slots = {{1, op.conv - 1, inner + 2 * op.groups * op.state}, {1, op.heads, op.head_dim, op.state}};

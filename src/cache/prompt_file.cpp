@@ -22,7 +22,9 @@ namespace fs = std::filesystem;
 constexpr std::size_t most_layers = 100'000;
 const char* const tokens_key = "tokens";  // ours: caches of recurrent layers do not tell their length
 
-[[noreturn]] void bad(const fs::path& file, const std::string& problem) { throw Error(Code::bad_weights, file.string(), problem); }
+[[noreturn]] void bad(const fs::path& file, const std::string& problem) {
+  throw Error(Code::bad_weights, file.string(), problem);
+}
 
 /** "12.0.1" -> 12 and "0.1". */
 struct Position {
@@ -80,7 +82,8 @@ int64_t to_number(const fs::path& file, const std::string& path, const mx::array
 int64_t to_number(const fs::path& file, const std::string& path, const std::string& text) {
   int64_t value = 0;
   const auto [at, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || at != text.data() + text.size()) bad(file, path + ": got '" + text.substr(0, 40) + "', wanted a whole number");
+  if (error != std::errc() || at != text.data() + text.size())
+    bad(file, path + ": got '" + text.substr(0, 40) + "', wanted a whole number");
   return value;
 }
 
@@ -106,10 +109,14 @@ std::vector<Stored> read_new(const fs::path& file, const weights::Tensors& tenso
     if (!at || at->first >= list.size()) bad(file, path.substr(0, 60) + ": belongs to no cache");
     auto& stored = list[at->first];
     const auto kind = kinds.find(path);
-    if (kind == kinds.end()) stored.arrays.emplace(at->rest, value);
-    else if (kind->second == "none") stored.arrays.emplace(at->rest, std::nullopt);
-    else if (kind->second == "scalar") stored.numbers.emplace(at->rest, to_number(file, path, value));
-    else if (kind->second != "string") bad(file, path + ": type '" + kind->second.substr(0, 40) + "' is not known");
+    if (kind == kinds.end())
+      stored.arrays.emplace(at->rest, value);
+    else if (kind->second == "none")
+      stored.arrays.emplace(at->rest, std::nullopt);
+    else if (kind->second == "scalar")
+      stored.numbers.emplace(at->rest, to_number(file, path, value));
+    else if (kind->second != "string")
+      bad(file, path + ": type '" + kind->second.substr(0, 40) + "' is not known");
   }
   return list;
 }
@@ -158,7 +165,8 @@ void set_lengths(const fs::path& file, Caches& caches, const PromptMetadata& met
   std::optional<int> length;
   for (const auto& c : caches) {
     if (!dynamic_cast<AttentionCache*>(c.get())) continue;
-    if (length && *length != c->offset()) bad(file, fmt::format("its layers have seen {} and {} tokens, wanted the same", *length, c->offset()));
+    if (length && *length != c->offset())
+      bad(file, fmt::format("its layers have seen {} and {} tokens, wanted the same", *length, c->offset()));
     length = c->offset();
   }
   if (!length) length = noted_tokens(metadata);
@@ -242,7 +250,8 @@ void check_prompt_quantization(const Caches& caches, int bits, int group_size) {
       throw Error(Code::bad_request, "--kv-bits", fmt::format("got {}, but the prompt cache is quantized to {} bits", bits, held->bits()));
     }
     if (group_size != 0 && group_size != held->group_size()) {
-      throw Error(Code::bad_request, "--kv-group-size", fmt::format("got {}, but the prompt cache has groups of {}", group_size, held->group_size()));
+      throw Error(Code::bad_request, "--kv-group-size",
+                  fmt::format("got {}, but the prompt cache has groups of {}", group_size, held->group_size()));
     }
   }
 }

@@ -19,10 +19,9 @@ void save_prompt_file(const std::filesystem::path& file, const Caches& caches, P
 /** Reads the header only: which model a file is of, before that model is loaded. */
 PromptMetadata read_prompt_metadata(const std::filesystem::path& file);
 
-/** The caches of a file in the layout of mlx_lm 0.32 or in the one before it, in memory of their own: one a layer of `model`, null where a layer
- *  remembers nothing.
- *  Throws Error(bad_weights) when the file is broken, contradicts itself or is of a model with other shapes; Error(unsupported) for classes that
- *  no model of this program uses. */
+/** The caches of a file in the layout of mlx_lm 0.32 or in the one before it, in memory of their own: one a layer of `model`, null where a
+ * layer remembers nothing. Throws Error(bad_weights) when the file is broken, contradicts itself or is of a model with other shapes;
+ * Error(unsupported) for classes that no model of this program uses. */
 Caches load_prompt_file(const std::filesystem::path& file, const arch::Model& model);
 
 /** Tokens that the caches have seen. */

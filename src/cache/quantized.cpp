@@ -105,8 +105,10 @@ QuantizedCache::Rows QuantizedKvCache::update_quantized(const mx::array& k, cons
     if (!first) buffer = planes_[i].dtype() == fresh[i].dtype() ? planes_[i] : mx::astype(planes_[i], fresh[i].dtype());
     auto next = written(grown(buffer, fresh[i], offset_, end), fresh[i], offset_);
     seen.push_back(rows(next, 0, end));
-    if (first) planes_.push_back(std::move(next));
-    else planes_[i] = std::move(next);
+    if (first)
+      planes_.push_back(std::move(next));
+    else
+      planes_[i] = std::move(next);
   }
   offset_ = end;
   return as_rows(seen);
@@ -145,14 +147,10 @@ std::unique_ptr<Cache> QuantizedRotatingKvCache::copy() const {
 }
 
 Stored QuantizedRotatingKvCache::stored() const {
-  Stored s{.kind = "QuantizedRotatingKVCache",
-           .arrays = {},
-           .numbers = {{"2", ring_.offset},
-                       {"3", ring_.keep},
-                       {"4", ring_.max_size},
-                       {"5", ring_.index},
-                       {"6", group_size_},
-                       {"7", bits_}}};
+  Stored s{
+      .kind = "QuantizedRotatingKVCache",
+      .arrays = {},
+      .numbers = {{"2", ring_.offset}, {"3", ring_.keep}, {"4", ring_.max_size}, {"5", ring_.index}, {"6", group_size_}, {"7", bits_}}};
   store_planes(s);
   return s;
 }

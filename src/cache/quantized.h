@@ -84,7 +84,8 @@ struct Quantization {
 /** Six planes of k [B,K,L,E] and v [B,K,L,F]. */
 Planes quantize_rows(const mx::array& k, const mx::array& v, int bits, int group_size);
 
-/** Throws Error(bad_request) for bits or groups that do not exist, and when the group size does not divide what a layer keeps for a head. */
+/** Throws Error(bad_request) for bits or groups that do not exist, and when the group size does not divide what a layer keeps for a head.
+ */
 void check_quantization(const arch::Model& model, const Quantization& wanted);
 
 /** Converts the caches that are due. Reference: mlx_lm/generate.py maybe_quantize_kv_cache */

@@ -22,7 +22,8 @@ class Reader {
   CachePtr read() const {
     const auto& kind = stored_.kind;
     const bool recurrent = kind == "ArraysCache";
-    const bool attention = kind == "KVCache" || kind == "RotatingKVCache" || kind == "QuantizedKVCache" || kind == "QuantizedRotatingKVCache";
+    const bool attention =
+        kind == "KVCache" || kind == "RotatingKVCache" || kind == "QuantizedKVCache" || kind == "QuantizedRotatingKVCache";
     if (!recurrent && !attention) throw Error(Code::unsupported, where_, "class '" + kind.substr(0, 60) + "' is not supported");
     if (recurrent != (wanted_.layer.kind == plan::CacheKind::recurrent)) {
       bad(fmt::format("got a {}, wanted one for {}; is it of another model?", kind, recurrent ? "attention" : "a recurrent layer"));
@@ -93,10 +94,11 @@ class Reader {
   }
 
   Ring ring(int rows) const {
-    const Ring r{.max_size = number("4", "max_size"), .keep = number("3", "keep"), .offset = number("2", "offset"), .index = number("5", "index")};
+    const Ring r{
+        .max_size = number("4", "max_size"), .keep = number("3", "keep"), .offset = number("2", "offset"), .index = number("5", "index")};
     if (!r.consistent(rows)) {
-      bad(fmt::format("offset {}, keep {}, max_size {}, index {} contradict the {} tokens that are stored", r.offset, r.keep, r.max_size, r.index,
-                      rows));
+      bad(fmt::format("offset {}, keep {}, max_size {}, index {} contradict the {} tokens that are stored", r.offset, r.keep, r.max_size,
+                      r.index, rows));
     }
     // One token sees all that the cache holds, so it may not hold more than the window.
     if (const int window = wanted_.layer.window_tokens; wanted_.layer.kind == plan::CacheKind::rotating && r.max_size > window) {
@@ -114,8 +116,10 @@ class Reader {
 
   Quantization quantization(const char* group_path, const char* bits_path) const {
     const Quantization q{.bits = number(bits_path, "bits"), .group_size = number(group_path, "group_size"), .start_tokens = 0};
-    const bool bits_known = (q.bits >= 2 && q.bits <= 6) || q.bits == 8, group_known = q.group_size == 32 || q.group_size == 64 || q.group_size == 128;
-    if (!bits_known || !group_known) bad(fmt::format("got {} bits in groups of {}, wanted 2 to 8 bits in groups of 32, 64 or 128", q.bits, q.group_size));
+    const bool bits_known = (q.bits >= 2 && q.bits <= 6) || q.bits == 8,
+               group_known = q.group_size == 32 || q.group_size == 64 || q.group_size == 128;
+    if (!bits_known || !group_known)
+      bad(fmt::format("got {} bits in groups of {}, wanted 2 to 8 bits in groups of 32, 64 or 128", q.bits, q.group_size));
     for (const int dims : {kv().key_dims, kv().value_dims}) {
       if (dims % q.group_size != 0) bad(fmt::format("groups of {} do not divide the {} numbers of a head", q.group_size, dims));
     }
@@ -161,7 +165,8 @@ class Reader {
 
   CachePtr arrays_cache() const {
     for (const char* path : {"1", "2"}) {
-      if (const auto found = stored_.arrays.find(path); found != stored_.arrays.end() && found->second) bad("caches of padded batches are not supported");
+      if (const auto found = stored_.arrays.find(path); found != stored_.arrays.end() && found->second)
+        bad("caches of padded batches are not supported");
     }
     const int count = wanted_.slots.empty() ? 2 : static_cast<int>(wanted_.slots.size());
     auto made = std::make_unique<RecurrentCache>(count);
@@ -170,7 +175,8 @@ class Reader {
       const auto slot = array(fmt::format("0.{}", i));
       if (!slot) continue;
       if (!wanted_.slots.empty() && !std::ranges::equal(slot->shape(), wanted_.slots[i])) {
-        bad(fmt::format("state {}: shape {}, wanted [{}]; is it of another model?", i, shape_text(*slot), fmt::join(wanted_.slots[i], ", ")));
+        bad(fmt::format("state {}: shape {}, wanted [{}]; is it of another model?", i, shape_text(*slot),
+                        fmt::join(wanted_.slots[i], ", ")));
       }
       check_float(*slot, "state");
       values += static_cast<int64_t>(slot->size());
@@ -190,6 +196,8 @@ class Reader {
 
 }  // namespace
 
-CachePtr restore(const Stored& stored, const LayerShape& wanted, const std::string& where) { return Reader(stored, wanted, where).read(); }
+CachePtr restore(const Stored& stored, const LayerShape& wanted, const std::string& where) {
+  return Reader(stored, wanted, where).read();
+}
 
 }  // namespace mlxlm::cache

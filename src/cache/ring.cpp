@@ -51,8 +51,10 @@ void Ring::update_one(Planes& planes, const Planes& fresh) {
     const int more = std::min(block_tokens, max_size - held);
     for (std::size_t i = 0; i < fresh.size(); ++i) {
       const auto added = zeros_like_rows(fresh[i], more);
-      if (first) planes.push_back(added);
-      else planes[i] = mx::concatenate({planes[i], added}, 2);
+      if (first)
+        planes.push_back(added);
+      else
+        planes[i] = mx::concatenate({planes[i], added}, 2);
     }
     index = offset;
   }

@@ -38,8 +38,8 @@ struct Line {
   int64_t number = 0;
   json id;  // the line's own "id", null if none
   gen::BatchItem item;
-  std::string text;              // of "prompt"
-  json messages;                 // or "messages"
+  std::string text;  // of "prompt"
+  json messages;     // or "messages"
   std::optional<Error> error;
 };
 
@@ -52,7 +52,8 @@ void read_number(const json& line, const char* key, T& value, double least, doub
     throw Error(Code::bad_request, key, fmt::format("got {}, wanted {}", to_text(*at), whole ? "a whole number" : "a number"));
   }
   const double got = at->get<double>();
-  if (!(got >= least && got <= most)) throw Error(Code::bad_request, key, fmt::format("got {}, wanted {} to {}", to_text(*at), least, most));
+  if (!(got >= least && got <= most))
+    throw Error(Code::bad_request, key, fmt::format("got {}, wanted {} to {}", to_text(*at), least, most));
   value = at->get<T>();
 }
 
@@ -124,7 +125,8 @@ void parse_line(const std::string& text, const gen::BatchItem& defaults, Line& l
     if (!value.at("prompt").is_string()) throw Error(Code::bad_request, "prompt", "wanted a text");
     line.text = value.at("prompt").get<std::string>();
   } else {
-    if (!value.at("messages").is_array() || value.at("messages").empty()) throw Error(Code::bad_request, "messages", "wanted a list of messages");
+    if (!value.at("messages").is_array() || value.at("messages").empty())
+      throw Error(Code::bad_request, "messages", "wanted a list of messages");
     line.messages = value.at("messages");
   }
   read_fields(value, line.item);
@@ -224,8 +226,8 @@ class Printer {
 std::string bar(std::size_t done, std::size_t total, const gen::BatchGenerator::Stats& s) {
   constexpr std::size_t width = 24;
   const auto filled = total == 0 ? width : done * width / total;
-  return fmt::format("[{}{}] {} of {} prompts, {} tokens, {:.1f} tokens-per-sec", std::string(filled, '#'), std::string(width - filled, '.'),
-                     done, total, s.generation_tokens, s.generation_tps());
+  return fmt::format("[{}{}] {} of {} prompts, {} tokens, {:.1f} tokens-per-sec", std::string(filled, '#'),
+                     std::string(width - filled, '.'), done, total, s.generation_tokens, s.generation_tps());
 }
 
 gen::BatchItem to_defaults(const Arguments& a) {
@@ -234,7 +236,8 @@ gen::BatchItem to_defaults(const Arguments& a) {
     if (*a.seed < 0) throw Error(Code::bad_request, "seed", fmt::format("got {}, wanted 0 or more", *a.seed));
     item.sampling.seed = static_cast<uint64_t>(*a.seed);
   }
-  if (a.max_kv_size && *a.max_kv_size < 1) throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted at least 1", *a.max_kv_size));
+  if (a.max_kv_size && *a.max_kv_size < 1)
+    throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted at least 1", *a.max_kv_size));
   if (a.max_tokens == 0 || a.max_tokens < -1) {
     throw Error(Code::bad_request, "max_tokens", fmt::format("got {}, wanted at least 1, or -1 for no limit", a.max_tokens));
   }
@@ -311,10 +314,10 @@ int answer(const std::vector<Line>& lines, const Arguments& a, Session& session,
   gen::batch_generate(*session.loaded.model, session.tokenizer, items, run, &stats);
   status.clear();
   if (!a.quiet) {
-    fmt::print(stderr, "Prompts: {} done, {} failed, {} not finished\n", printer.done() - printer.failed() - printer.cancelled(), printer.failed(),
-               printer.cancelled());
-    fmt::print(stderr, "Prompt: {} tokens\nGeneration: {} tokens, {:.3f} tokens-per-sec over all\n", stats.prompt_tokens, stats.generation_tokens,
-               stats.generation_tps());
+    fmt::print(stderr, "Prompts: {} done, {} failed, {} not finished\n", printer.done() - printer.failed() - printer.cancelled(),
+               printer.failed(), printer.cancelled());
+    fmt::print(stderr, "Prompt: {} tokens\nGeneration: {} tokens, {:.3f} tokens-per-sec over all\n", stats.prompt_tokens,
+               stats.generation_tokens, stats.generation_tps());
     if (stats.drafted_tokens > 0) {
       fmt::print(stderr, "Drafts: {} tokens, {} accepted ({:.1f} %)\n", stats.drafted_tokens, stats.accepted_tokens,
                  100.0 * static_cast<double>(stats.accepted_tokens) / static_cast<double>(stats.drafted_tokens));
@@ -371,9 +374,10 @@ void add_batch_generate(CLI::App& app, Action& action) {
   c.add_option("--model", a->model, "Folder, .gguf file or repository (org/name); the default model when not given");
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
   c.add_option("--adapter-path", a->adapter_path, "Folder of a trained adapter");
-  c.add_option("--prompts", a->prompts, "JSON lines, each {\"prompt\": text} or {\"messages\": [...]}; '-' reads stdin. A line may have an id and its own "
-                                        "max_tokens, temp, top_p, min_p, top_k, seed, stop, penalties, logit_bias, max_kv_size, kv_bits, "
-                                        "ngram_draft_tokens and so on")
+  c.add_option("--prompts", a->prompts,
+               "JSON lines, each {\"prompt\": text} or {\"messages\": [...]}; '-' reads stdin. A line may have an id and its own "
+               "max_tokens, temp, top_p, min_p, top_k, seed, stop, penalties, logit_bias, max_kv_size, kv_bits, "
+               "ngram_draft_tokens and so on")
       ->required();
   c.add_option("--extra-eos-token", a->extra_eos, "Tokens, or their ids, that also end an answer");
   c.add_option("--system-prompt", a->system_prompt, "System message for the chat template, where a line has none");

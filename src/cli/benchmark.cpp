@@ -40,7 +40,9 @@ struct Trial {
   double prompt_tps = 0, generation_tps = 0, peak_memory_gb = 0, total_s = 0;
 };
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 void check(const Arguments& a) {
   const auto at_least = [](const char* option, int value, int least) {
@@ -72,7 +74,8 @@ Trial single(const Arguments& a, Session& session, const std::vector<int>& promp
   options.ignore_eos = true;
   options.cancel = &InterruptGuard::flag();
   options.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, 0);
-  const auto last = gen::stream_generate(*session.loaded.model, session.tokenizer, prompt, options, [](const gen::Response&) { return true; });
+  const auto last =
+      gen::stream_generate(*session.loaded.model, session.tokenizer, prompt, options, [](const gen::Response&) { return true; });
   if (last.finish == gen::Finish::cancelled) throw Error(Code::cancelled, "benchmark", "interrupted");
   return {last.prompt_tokens_per_s, last.generation_tokens_per_s, last.peak_memory_gb};
 }
@@ -120,7 +123,7 @@ Trial batched(const Arguments& a, Session& session, const std::vector<std::vecto
 
 /** GB/s at which all threads read memory that no cache holds; the best of five. */
 double read_bandwidth_gb_s() {
-  constexpr int64_t words = int64_t(1) << 27;  // 1 GB
+  constexpr int64_t words = int64_t(1) << 27;              // 1 GB
   typedef uint64_t Line __attribute__((vector_size(64)));  // a cache line at a time, fetched ahead: as the matrix kernels read
   constexpr int64_t lines = words * 8 / 64, ahead = 64;
   const kernels::cpu::Arena memory(words * 8);
@@ -146,7 +149,7 @@ double read_bandwidth_gb_s() {
 }
 
 void print_json(const Arguments& a, const Session& session, const std::vector<Trial>& trials, std::optional<double> bandwidth) {
-  const auto column = [&](double Trial::*field) {
+  const auto column = [&](double Trial::* field) {
     json values = json::array();
     for (const auto& t : trials) values.push_back(t.*field);
     return values;
@@ -171,7 +174,8 @@ int run(const Arguments& a) {
   check(a);
   if (a.threads > 0) set_compute_threads(a.threads);
   set_cpu_precision(a.cpu_precision);
-  auto session = open_session(find_model(a.model), {.executor = model::Executor::best, .adapter = {}, .quantize_activations = a.quantize_activations});
+  auto session =
+      open_session(find_model(a.model), {.executor = model::Executor::best, .adapter = {}, .quantize_activations = a.quantize_activations});
   const auto prompts = random_prompts(a, session.loaded.model->description().vocab);
   const InterruptGuard guard;
   const auto once = [&] { return a.batch_size == 1 ? single(a, session, prompts[0]) : batched(a, session, prompts); };
@@ -184,7 +188,8 @@ int run(const Arguments& a) {
   once();
   std::optional<double> bandwidth;
   if (a.bandwidth) bandwidth = read_bandwidth_gb_s();
-  say(fmt::format("Timing with prompt_tokens={}, generation_tokens={}, batch_size={}.", a.prompt_tokens, a.generation_tokens, a.batch_size));
+  say(fmt::format("Timing with prompt_tokens={}, generation_tokens={}, batch_size={}.", a.prompt_tokens, a.generation_tokens,
+                  a.batch_size));
   const auto line = [](const Trial& t) {
     return fmt::format("prompt_tps={:.3f}, generation_tps={:.3f}, peak_memory={:.3f}", t.prompt_tps, t.generation_tps, t.peak_memory_gb);
   };

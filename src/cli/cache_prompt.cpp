@@ -116,8 +116,9 @@ void add_cache_prompt(CLI::App& app, Action& action) {
   c.add_option("--kv-group-size", a->kv_group_size, "Group size of a quantized cache: 32, 64 or 128 [64]");
   c.add_option("--quantized-kv-start", a->quantized_kv_start, "Tokens before the cache is quantized")->capture_default_str();
   c.add_option("--threads", a->threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
-  c.footer("Example:\n  mlx-lm cache_prompt --prompt-cache-file book.safetensors --prompt - < book.txt\n"
-           "  mlx-lm generate --prompt-cache-file book.safetensors --prompt \" What is this about?\"");
+  c.footer(
+      "Example:\n  mlx-lm cache_prompt --prompt-cache-file book.safetensors --prompt - < book.txt\n"
+      "  mlx-lm generate --prompt-cache-file book.safetensors --prompt \" What is this about?\"");
   c.callback([a, &action] { action = [a] { return run(*a); }; });
 }
 

@@ -41,8 +41,7 @@ struct Arguments {
   std::vector<std::string> extra_eos;
   std::optional<std::string> system_prompt;
   bool trust_remote_code = false, pipeline = false;
-  int max_tokens = 256, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, quantized_kv_start = 5000,
-      threads = 0;
+  int max_tokens = 256, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, quantized_kv_start = 5000, threads = 0;
   float temp = 0.f, top_p = 1.f, min_p = 0.f, xtc_probability = 0.f, xtc_threshold = 0.1f;
   std::optional<int> max_kv_size, kv_bits, kv_group_size;
   int64_t seed = 0;

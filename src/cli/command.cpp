@@ -23,7 +23,9 @@ static_assert(std::atomic<bool>::is_always_lock_free);
 }  // namespace
 
 void add_cpu_precision(CLI::App& command, std::string& value) {
-  command.add_option("--cpu-precision", value, "Activations in products with quantized weights: exact (float32), default (15 bits), fast (8 bits)")
+  command
+      .add_option("--cpu-precision", value,
+                  "Activations in products with quantized weights: exact (float32), default (15 bits), fast (8 bits)")
       ->check(CLI::IsMember({"exact", "default", "fast"}))
       ->capture_default_str();
 }
@@ -51,7 +53,7 @@ void StatusLine::clear() {
 
 InterruptGuard::InterruptGuard() {
   interrupted = false;
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_handler = [](int) { interrupted.store(true, std::memory_order_relaxed); };
   action.sa_flags = SA_RESETHAND;  // the second one kills
   ::sigaction(SIGINT, &action, nullptr);

@@ -70,14 +70,16 @@ json template_variables(const std::string& text) {
 }
 
 /** The end of a templated prompt, from where the user's text begins: what comes before it is in the cache of --prompt-cache-file. */
-std::string without_cached(const text::Tokenizer& tokenizer, const std::string& whole, json messages, const text::TemplateOptions& options) {
+std::string without_cached(const text::Tokenizer& tokenizer, const std::string& whole, json messages,
+                           const text::TemplateOptions& options) {
   const std::string mark = "<query>";
   for (auto& message : messages) {
     if (message["role"] == "user") message["content"] = mark;
   }
   const auto at = tokenizer.apply_chat_template(messages, options).find(mark);
   if (at == std::string::npos || at > whole.size()) {
-    throw Error(Code::bad_template, "chat template", "does not show the message as it is, which --prompt-cache-file needs; wanted --ignore-chat-template");
+    throw Error(Code::bad_template, "chat template",
+                "does not show the message as it is, which --prompt-cache-file needs; wanted --ignore-chat-template");
   }
   return whole.substr(at);
 }
@@ -219,7 +221,8 @@ int run(const Arguments& a) {
   const auto path = find_model(model_of_cache(a, cached));
   StatusLine line;
   line.show(fmt::format("Loading {}", path.string()));
-  auto session = open_session(path, {.executor = model::Executor::best, .adapter = a.adapter_path, .quantize_activations = a.quantize_activations});
+  auto session =
+      open_session(path, {.executor = model::Executor::best, .adapter = a.adapter_path, .quantize_activations = a.quantize_activations});
   const auto draft = open_draft_model(a.drafts, session.tokenizer);
   if (draft) options.draft_model = draft->loaded.model.get();
   line.clear();
@@ -247,15 +250,18 @@ int run(const Arguments& a) {
   std::string answer;
   std::vector<int> tokens;
   const InterruptGuard guard;
-  const auto last = gen::stream_generate(*session.loaded.model, session.tokenizer, prompt, options, [&](const gen::Response& r) {
-    answer += r.text;
-    if (r.generation_tokens > 0 && !eos.contains(r.token)) tokens.push_back(r.token);
-    if (!a.json && !r.text.empty()) {
-      std::fwrite(r.text.data(), 1, r.text.size(), stdout);
-      if (std::fflush(stdout) != 0) throw Error(Code::io, "stdout", "could not be written");
-    }
-    return true;
-  }, a.prompt_cache_file.empty() ? nullptr : &caches);
+  const auto last = gen::stream_generate(
+      *session.loaded.model, session.tokenizer, prompt, options,
+      [&](const gen::Response& r) {
+        answer += r.text;
+        if (r.generation_tokens > 0 && !eos.contains(r.token)) tokens.push_back(r.token);
+        if (!a.json && !r.text.empty()) {
+          std::fwrite(r.text.data(), 1, r.text.size(), stdout);
+          if (std::fflush(stdout) != 0) throw Error(Code::io, "stdout", "could not be written");
+        }
+        return true;
+      },
+      a.prompt_cache_file.empty() ? nullptr : &caches);
   line.clear();
   if (a.json) {
     print_json(answer, tokens, last, path.string());

@@ -19,8 +19,8 @@ using namespace mlxlm;
 
 const std::vector<std::string> kCommands{"batch_generate", "benchmark", "cache_prompt", "chat", "describe", "generate", "logits"};
 // Commands of the reference that are not written yet.
-const std::vector<std::string> kLater{"awq",  "convert",    "dwq",   "dynamic_quant", "evaluate", "fuse",  "gptq",
-                                      "lora", "manage",       "perplexity", "serve", "server",        "share",    "upload"};
+const std::vector<std::string> kLater{"awq",  "convert", "dwq",        "dynamic_quant", "evaluate", "fuse",  "gptq",
+                                      "lora", "manage",  "perplexity", "serve",         "server",   "share", "upload"};
 
 int fail(std::string message, int status) {
   std::replace(message.begin(), message.end(), '\n', ' ');

@@ -5,7 +5,9 @@
 
 namespace mlxlm::engine {
 
-AsyncMask::AsyncMask(Provider provider) : provider_(std::move(provider)) { ask(); }
+AsyncMask::AsyncMask(Provider provider) : provider_(std::move(provider)) {
+  ask();
+}
 
 AsyncMask::~AsyncMask() {
   if (next_.valid()) next_.wait();

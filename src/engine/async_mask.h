@@ -10,8 +10,8 @@
 
 namespace mlxlm::engine {
 
-/** Asks a provider once for each token to come: as soon as the token before it is known, and so while the model runs; the sampler waits for the result
- *  and nobody else does. The provider is never called twice at a time. */
+/** Asks a provider once for each token to come: as soon as the token before it is known, and so while the model runs; the sampler waits for
+ * the result and nobody else does. The provider is never called twice at a time. */
 class AsyncMask final : public TokenMask {
  public:
   /** The answer so far -> one bit a token as TokenMask::allowed(). What it throws fails the request. */

@@ -13,7 +13,9 @@
 namespace mlxlm::engine {
 namespace {
 
-double steady_seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double steady_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 bool ends_with(std::span<const int> tokens, std::span<const int> suffix) {
   return !suffix.empty() && suffix.size() <= tokens.size() && std::ranges::equal(tokens.last(suffix.size()), suffix);
@@ -190,8 +192,7 @@ void Engine::retire(Sequence& q, Event last) {
     if (q.request.keep_cache) {
       last.cache = std::exchange(q.cache, 0);
       last.cache_tokens = std::move(held);
-    } else if (q.request.use_prefix_cache && limits_.prefix_cache_bytes > 0 && q.running &&
-               !q.overflows(held.size())) {
+    } else if (q.request.use_prefix_cache && limits_.prefix_cache_bytes > 0 && q.running && !q.overflows(held.size())) {
       const auto info = runner_.info(q.cache);
       const auto cache = std::exchange(q.cache, 0);
       reserved_bytes_ -= q.reserved_bytes;
@@ -220,7 +221,8 @@ void Engine::check_result(const StepPlan& plan, const StepResult& result) const 
       wrong(fmt::format("sequence {}: got {} tokens, wanted {}", row.sequence, count, row.wanted_rows));
     }
     for (int k = 0; k + 1 < count; ++k) {
-      if (got.chosen[k].token != row.draft[k]) wrong(fmt::format("sequence {}: got token {} for {} of its draft", row.sequence, got.chosen[k].token, row.draft[k]));
+      if (got.chosen[k].token != row.draft[k])
+        wrong(fmt::format("sequence {}: got token {} for {} of its draft", row.sequence, got.chosen[k].token, row.draft[k]));
     }
     for (const auto& chosen : got.chosen) {
       if (chosen.token < 0) wrong(fmt::format("sequence {}: got token {}", row.sequence, chosen.token));
@@ -345,7 +347,9 @@ void Engine::fail(const StepPlan& plan, const Error& error) {
   for (auto q = replayed.rbegin(); q != replayed.rend(); ++q) preempt(**q);
 }
 
-std::vector<Event> Engine::take_events() { return std::exchange(events_, {}); }
+std::vector<Event> Engine::take_events() {
+  return std::exchange(events_, {});
+}
 
 StepReport Engine::step() {
   StepReport report;

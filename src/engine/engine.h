@@ -17,21 +17,22 @@
 namespace mlxlm::engine {
 
 struct Request {
-  std::vector<int> tokens{};                    // the prompt; at least one
-  int max_tokens = 256;                         // -1 = until a stop
-  std::vector<std::vector<int>> stop{};         // sequences of tokens that end the answer; texts are the concern of who reads the events
+  std::vector<int> tokens{};             // the prompt; at least one
+  int max_tokens = 256;                  // -1 = until a stop
+  std::vector<std::vector<int>> stop{};  // sequences of tokens that end the answer; texts are the concern of who reads the events
   Sampling sampling{};
   std::shared_ptr<TokenMask> mask{};
-  int max_kv_size_tokens = 0;                   // 0 = unbounded. What a limited cache forgets depends on the chunks that a longer prompt comes in,
-                                                // so such a prompt runs in chunks of limited_chunk_tokens, its last token alone, whatever the budget, and is not reused
-  int kv_bits = 0, kv_group_size = 64;          // 0 = caches are not quantized; else as alone: converted at the end of the first chunk (of
-  int quantized_kv_start = 0;                   // limited_chunk_tokens, the last token of the prompt alone) or step where they hold so many tokens
-  Drafts drafts{};                              // not with a mask, which cannot go back
-  bool use_prefix_cache = true;                 // reuse what is stored or held by another request, and store what was computed
-  std::vector<int> boundaries{};                // prompt positions where a step must end and a copy of the cache is stored for reuse, ascending
-  CacheId cache = 0;                            // continue from this one; the request owns it from now on
-  std::vector<int> cache_tokens{};              // exactly the tokens that it holds
-  bool keep_cache = false;                      // hand the cache over at the end, see Event
+  int max_kv_size_tokens =
+      0;  // 0 = unbounded. What a limited cache forgets depends on the chunks that a longer prompt comes in,
+          // so such a prompt runs in chunks of limited_chunk_tokens, its last token alone, whatever the budget, and is not reused
+  int kv_bits = 0, kv_group_size = 64;  // 0 = caches are not quantized; else as alone: converted at the end of the first chunk (of
+  int quantized_kv_start = 0;           // limited_chunk_tokens, the last token of the prompt alone) or step where they hold so many tokens
+  Drafts drafts{};                      // not with a mask, which cannot go back
+  bool use_prefix_cache = true;         // reuse what is stored or held by another request, and store what was computed
+  std::vector<int> boundaries{};        // prompt positions where a step must end and a copy of the cache is stored for reuse, ascending
+  CacheId cache = 0;                    // continue from this one; the request owns it from now on
+  std::vector<int> cache_tokens{};      // exactly the tokens that it holds
+  bool keep_cache = false;              // hand the cache over at the end, see Event
 };
 
 enum class Finish { none, stop, length, cancelled, failed };
@@ -44,13 +45,13 @@ struct Event {
   int reused_tokens = 0;                        // of the prompt, computed before
   bool from_draft = false;                      // `chosen` was guessed, and right
   Finish finish = Finish::none;
-  std::optional<Error> error{};                 // for Finish::failed
-  CacheId cache = 0;                            // with keep_cache, on the last event: now the receiver's to free
-  std::vector<int> cache_tokens{};              // what it holds
+  std::optional<Error> error{};     // for Finish::failed
+  CacheId cache = 0;                // with keep_cache, on the last event: now the receiver's to free
+  std::vector<int> cache_tokens{};  // what it holds
 };
 
 enum class Outcome {
-  no_work,            // nobody waits
+  no_work,  // nobody waits
   ran,
   capacity_deferred,  // somebody waits, and nothing could be run
   request_failed,     // ran, and at least one request ended in an error
@@ -81,20 +82,20 @@ struct Limits {
 struct Counters {
   int64_t steps = 0, decode_steps = 0, prompt_tokens = 0, reused_tokens = 0, generated_tokens = 0, failed_steps = 0;
   int64_t drafted_tokens = 0, accepted_tokens = 0;  // guesses, and those that are among generated_tokens
-  double prompt_s = 0, decode_s = 0;  // of steps with and without prompt tokens
+  double prompt_s = 0, decode_s = 0;                // of steps with and without prompt tokens
 };
 
 /** Bytes of caches. */
 struct MemoryReport {
-  int64_t held_bytes = 0;        // by requests
-  int64_t reserved_bytes = 0;    // for requests that run, what they hold included
-  int64_t stored_bytes = 0;      // for prefixes
+  int64_t held_bytes = 0;      // by requests
+  int64_t reserved_bytes = 0;  // for requests that run, what they hold included
+  int64_t stored_bytes = 0;    // for prefixes
   int64_t stored_budget_bytes = 0;
-  int64_t limit_bytes = 0;       // of reserved and stored; 0 = none
+  int64_t limit_bytes = 0;  // of reserved and stored; 0 = none
   struct Row {
     SequenceId id = 0;
     bool running = false;
-    int tokens = 0;              // held
+    int tokens = 0;  // held
     int64_t held_bytes = 0, reserved_bytes = 0;
   };
   std::vector<Row> requests{};

@@ -39,7 +39,8 @@ class Check {
     }
     for (const auto& [id, n] : in_waiting) want(known.contains(id), "sequence {}: waiting but not known", id);
     for (const auto& [id, n] : in_running) want(known.contains(id), "sequence {}: running but not known", id);
-    want(static_cast<int>(s_.running.size()) <= s_.max_sequences, "{} sequences running, wanted at most {}", s_.running.size(), s_.max_sequences);
+    want(static_cast<int>(s_.running.size()) <= s_.max_sequences, "{} sequences running, wanted at most {}", s_.running.size(),
+         s_.max_sequences);
   }
 
   void running(const Snapshot::Sequence& q) {
@@ -47,12 +48,13 @@ class Check {
     want(q.computed_tokens >= 0 && q.computed_tokens < q.tokens, "sequence {}: {} of {} tokens computed, wanted at least one left", q.id,
          q.computed_tokens, q.tokens);
     want(q.held.tokens == q.computed_tokens, "sequence {}: its cache holds {} tokens, wanted {}", q.id, q.held.tokens, q.computed_tokens);
-    want(q.tokens == q.prompt_tokens + q.generated_tokens, "sequence {}: {} tokens, wanted {} of the prompt and {} generated", q.id, q.tokens,
-         q.prompt_tokens, q.generated_tokens);
+    want(q.tokens == q.prompt_tokens + q.generated_tokens, "sequence {}: {} tokens, wanted {} of the prompt and {} generated", q.id,
+         q.tokens, q.prompt_tokens, q.generated_tokens);
     want(q.max_tokens < 0 || q.generated_tokens < q.max_tokens, "sequence {}: {} tokens generated, wanted an end at {}", q.id,
          q.generated_tokens, q.max_tokens);
     want(q.held.bytes <= q.reserved_bytes, "sequence {}: holds {} bytes, reserved are {}", q.id, q.held.bytes, q.reserved_bytes);
-    want(q.computed_tokens <= q.reserved_tokens, "sequence {}: {} tokens computed, reserved are {}", q.id, q.computed_tokens, q.reserved_tokens);
+    want(q.computed_tokens <= q.reserved_tokens, "sequence {}: {} tokens computed, reserved are {}", q.id, q.computed_tokens,
+         q.reserved_tokens);
   }
 
   void waiting(const Snapshot::Sequence& q) {
@@ -78,9 +80,10 @@ class Check {
     for (const auto& e : s_.stored) stored += e.bytes;
     want(reserved == s_.reserved_bytes, "{} bytes counted as reserved, sequences have {}", s_.reserved_bytes, reserved);
     want(stored == s_.stored_bytes, "{} bytes counted as stored, entries have {}", s_.stored_bytes, stored);
-    want(s_.stored_bytes <= s_.stored_budget_bytes, "{} bytes stored for prefixes, wanted at most {}", s_.stored_bytes, s_.stored_budget_bytes);
-    want(s_.memory_bytes == 0 || s_.reserved_bytes + s_.stored_bytes <= s_.memory_bytes, "{} bytes reserved and {} stored, wanted at most {}",
-         s_.reserved_bytes, s_.stored_bytes, s_.memory_bytes);
+    want(s_.stored_bytes <= s_.stored_budget_bytes, "{} bytes stored for prefixes, wanted at most {}", s_.stored_bytes,
+         s_.stored_budget_bytes);
+    want(s_.memory_bytes == 0 || s_.reserved_bytes + s_.stored_bytes <= s_.memory_bytes,
+         "{} bytes reserved and {} stored, wanted at most {}", s_.reserved_bytes, s_.stored_bytes, s_.memory_bytes);
   }
 
   const Snapshot& s_;
@@ -89,6 +92,8 @@ class Check {
 
 }  // namespace
 
-std::vector<std::string> check_invariants(const Snapshot& snapshot) { return Check(snapshot).run(); }
+std::vector<std::string> check_invariants(const Snapshot& snapshot) {
+  return Check(snapshot).run();
+}
 
 }  // namespace mlxlm::engine

@@ -10,7 +10,9 @@ namespace {
 constexpr double kWeightOfNew = 0.25;
 constexpr int kFirstGuessTokensPerRow = 2;  // about twice the time where time grows with the rows
 
-void smooth(double& value, double seen) { value = value == 0 ? seen : value + kWeightOfNew * (seen - value); }
+void smooth(double& value, double seen) {
+  value = value == 0 ? seen : value + kWeightOfNew * (seen - value);
+}
 
 }  // namespace
 

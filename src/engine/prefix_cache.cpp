@@ -7,8 +7,8 @@ namespace mlxlm::engine {
 
 struct PrefixCache::Node {
   Node* parent = nullptr;
-  std::vector<int> run;  // the edge from the parent
-  int depth = 0;         // tokens from the root to the end of the edge
+  std::vector<int> run;                           // the edge from the parent
+  int depth = 0;                                  // tokens from the root to the end of the edge
   std::map<int, std::unique_ptr<Node>> children;  // by the first token of their run
   std::optional<Order::iterator> held;
   int trimmable_below = 0;  // entries here and below
@@ -16,9 +16,9 @@ struct PrefixCache::Node {
 
 /** How far tokens follow the trie. */
 struct PrefixCache::Walk {
-  Node* node;         // the last node whose whole edge was matched
-  Node* next;         // the child whose edge was matched in part, or null
-  int matched;        // tokens in all
+  Node* node;   // the last node whose whole edge was matched
+  Node* next;   // the child whose edge was matched in part, or null
+  int matched;  // tokens in all
 };
 
 namespace {
@@ -92,7 +92,9 @@ std::optional<PrefixCache::Hit> PrefixCache::find(std::span<const int> prompt, u
   return Hit{(*best->held)->entry, tokens};
 }
 
-void PrefixCache::touch(Node& node) { order_.splice(order_.end(), order_, *node.held); }
+void PrefixCache::touch(Node& node) {
+  order_.splice(order_.end(), order_, *node.held);
+}
 
 /** The node for exactly these tokens; edges are split as needed. */
 PrefixCache::Node* PrefixCache::make_node(Node& from, std::span<const int> tokens) {

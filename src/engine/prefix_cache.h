@@ -36,8 +36,9 @@ class PrefixCache {
    *  `space` keeps apart what cannot be mixed (another limit of the cache, another adapter). */
   std::optional<Hit> find(std::span<const int> prompt, uint64_t space = 0);
 
-  /** Takes the entry for exactly these tokens (entry.tokens is set from them). Returns the caches that are not held (any more): the one given,
-   *  when it is too large or a held one serves as well; an equal one; shorter ones that a trimmable one makes needless; the least recently used. */
+  /** Takes the entry for exactly these tokens (entry.tokens is set from them). Returns the caches that are not held (any more): the one
+   * given, when it is too large or a held one serves as well; an equal one; shorter ones that a trimmable one makes needless; the least
+   * recently used. */
   std::vector<CacheId> insert(std::span<const int> tokens, Entry entry, uint64_t space = 0);
 
   /** Gives up the least recently used until at most so many bytes are held. */

@@ -34,8 +34,8 @@ struct Sampling {
   bool has_penalties() const { return repetition_penalty != 0.f || presence_penalty != 0.f || frequency_penalty != 0.f; }
 };
 
-/** Tokens guessed ahead of a decoding sequence, which one step then checks together; both 0 = none. What comes out is the model's own choice, or has
- *  its own distribution, whatever was guessed. */
+/** Tokens guessed ahead of a decoding sequence, which one step then checks together; both 0 = none. What comes out is the model's own
+ * choice, or has its own distribution, whatever was guessed. */
 struct Drafts {
   int ngram_tokens = 0;  // most that are guessed at a time out of the sequence so far
   int model_tokens = 0;  // most that the runner's draft model guesses at a time
@@ -48,12 +48,12 @@ void check(const Drafts& drafts);
 
 /** What caches of a sequence are like. */
 struct CacheOptions {
-  int max_kv_size_tokens = 0;        // 0 = unbounded
-  int kv_bits = 0;                   // 0 = not quantized
+  int max_kv_size_tokens = 0;  // 0 = unbounded
+  int kv_bits = 0;             // 0 = not quantized
   int kv_group_size = 64;
-  int quantized_from_tokens = 0;     // converted once it holds so many; no step crosses this
-  bool with_drafts = false;          // tokens may be taken back, for which a copy may be needed
-  bool with_draft_model = false;     // which has caches of its own
+  int quantized_from_tokens = 0;  // converted once it holds so many; no step crosses this
+  bool with_drafts = false;       // tokens may be taken back, for which a copy may be needed
+  bool with_draft_model = false;  // which has caches of its own
 
   bool operator==(const CacheOptions&) const = default;
 };
@@ -64,8 +64,8 @@ class TokenMask {
   virtual ~TokenMask() = default;
   /** A token became part of the sequence: work on the next mask may begin elsewhere. */
   virtual void accept(int token) = 0;
-  /** One bit a token, lowest first: set = allowed; empty = all are. Asked for when the step's logits are under way, so it may wait. It must stay
-   *  valid until the next call. Throws to fail the request. */
+  /** One bit a token, lowest first: set = allowed; empty = all are. Asked for when the step's logits are under way, so it may wait. It must
+   * stay valid until the next call. Throws to fail the request. */
   virtual std::span<const uint32_t> allowed() = 0;
 };
 
@@ -96,9 +96,9 @@ struct TokenLogprob {
 
 struct ChosenToken {
   int token = 0;
-  float logprob = 0.f;               // only when wanted, as the others
+  float logprob = 0.f;  // only when wanted, as the others
   std::vector<TokenLogprob> top{};
-  std::vector<float> logprobs{};     // [V]
+  std::vector<float> logprobs{};  // [V]
 };
 
 struct RowResult {
@@ -136,16 +136,16 @@ class Runner {
   /** The most bytes that a cache of so many tokens takes; it must not shrink as tokens grow. */
   virtual int64_t cost_bytes(int64_t tokens, const CacheOptions& options) const = 0;
 
-  /** Whether what is computed into caches with these options depends, if only by rounding, on the chunks that a prompt comes in, even where nothing
-   *  is forgotten. */
+  /** Whether what is computed into caches with these options depends, if only by rounding, on the chunks that a prompt comes in, even where
+   * nothing is forgotten. */
   virtual bool chunks_show(const CacheOptions& /*options*/) const { return false; }
 
   /** An empty cache that will soon hold so many tokens, and perhaps more. */
   virtual CacheId reserve(int64_t tokens, const CacheOptions& options) = 0;
   /** A cache from elsewhere is to have these options. */
   virtual void adapt(CacheId cache, const CacheOptions& options) = 0;
-  /** Another cache that holds the first `tokens` of this one (all, unless it is trimmable): for reuse and for snapshots. Whether memory is shared
-   *  is the runner's affair. */
+  /** Another cache that holds the first `tokens` of this one (all, unless it is trimmable): for reuse and for snapshots. Whether memory is
+   * shared is the runner's affair. */
   virtual CacheId copy(CacheId cache, int tokens) = 0;
   /** Forgets all but the first `tokens`; only of a trimmable cache. */
   virtual void trim(CacheId cache, int tokens) = 0;
@@ -157,7 +157,9 @@ class Runner {
   virtual void end(SequenceId sequence) noexcept = 0;
 
   /** A draft for each, at most as long as wanted, or none. A failure of drafts is none. */
-  virtual std::vector<std::vector<int>> draft(const std::vector<DraftWanted>& wanted) { return std::vector<std::vector<int>>(wanted.size()); }
+  virtual std::vector<std::vector<int>> draft(const std::vector<DraftWanted>& wanted) {
+    return std::vector<std::vector<int>>(wanted.size());
+  }
   /** After a row with a draft, whose cache holds all of it: only the first `tokens` stay. Comes once, before the next step. */
   virtual void keep(CacheId /*cache*/, int /*tokens*/) {}
 

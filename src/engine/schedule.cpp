@@ -10,9 +10,9 @@ namespace mlxlm::engine {
 namespace {
 
 constexpr int64_t kMoreTokens[] = {1024, 64, 1};  // reserved at a time for answers without a limit, as room allows
-constexpr int kAnswerTokens = 256;                  // of an answer, for which a cache is made large enough at once
+constexpr int kAnswerTokens = 256;                // of an answer, for which a cache is made large enough at once
 constexpr int kMostSharedSteps = 32;
-constexpr int kLeastSharedTokens = 8;               // less is not worth the copy of a cache in use
+constexpr int kLeastSharedTokens = 8;  // less is not worth the copy of a cache in use
 
 }  // namespace
 
@@ -42,7 +42,8 @@ int Engine::prompt_budget(int decode_rows) const {
 /** Tokens of its next row: up to budget, the end of the sequence, the next boundary or the token from which on its cache is quantized. */
 int Engine::chunk_of(const Sequence& q, int budget) const {
   const auto& cache = q.cache_options;
-  if (cache.kv_bits > 0 && q.computed_tokens < cache.quantized_from_tokens) budget = std::min(budget, cache.quantized_from_tokens - q.computed_tokens);
+  if (cache.kv_bits > 0 && q.computed_tokens < cache.quantized_from_tokens)
+    budget = std::min(budget, cache.quantized_from_tokens - q.computed_tokens);
   if (q.fixed_chunks || q.overflows(q.tokens.size())) {
     // As it would be alone: a prompt in chunks of one size and its last token, what is replayed of the answer token by token.
     if (q.computed_tokens >= q.prompt_tokens) return 1;
@@ -104,7 +105,8 @@ int Engine::most_drafts(const Sequence& q) const {
   if (q.request.max_tokens >= 0) most = std::min(most, q.request.max_tokens - q.generated_tokens() - 1);
   if (limits_.max_context_tokens > 0) most = std::min(most, limits_.max_context_tokens - static_cast<int>(q.tokens.size()) - 1);
   const auto& cache = q.cache_options;
-  if (cache.kv_bits > 0 && q.computed_tokens < cache.quantized_from_tokens) most = std::min(most, cache.quantized_from_tokens - q.computed_tokens - 1);
+  if (cache.kv_bits > 0 && q.computed_tokens < cache.quantized_from_tokens)
+    most = std::min(most, cache.quantized_from_tokens - q.computed_tokens - 1);
   return most;
 }
 
@@ -156,7 +158,8 @@ void Engine::plan_prompts(StepPlan& plan, int budget) {
 
 /** As the request would have them alone: chunks end at a multiple of their size, before the last token of the prompt, and after it. */
 CacheOptions Engine::cache_options(const Request& r) const {
-  CacheOptions o{.max_kv_size_tokens = r.max_kv_size_tokens, .with_drafts = r.drafts.most() > 0, .with_draft_model = r.drafts.model_tokens > 0};
+  CacheOptions o{
+      .max_kv_size_tokens = r.max_kv_size_tokens, .with_drafts = r.drafts.most() > 0, .with_draft_model = r.drafts.model_tokens > 0};
   if (r.kv_bits == 0) return o;
   o.kv_bits = r.kv_bits;
   o.kv_group_size = r.kv_group_size;
@@ -173,7 +176,8 @@ uint64_t Engine::prefix_space(const Sequence& q) const {
   const auto& o = q.cache_options;
   auto space = static_cast<uint64_t>(o.max_kv_size_tokens);
   if (o.kv_bits > 0) {
-    for (const auto part : {o.kv_bits, o.kv_group_size, o.quantized_from_tokens}) space = (space ^ static_cast<uint64_t>(part)) * 1099511628211ull + 1;
+    for (const auto part : {o.kv_bits, o.kv_group_size, o.quantized_from_tokens})
+      space = (space ^ static_cast<uint64_t>(part)) * 1099511628211ull + 1;
   }
   return space;
 }
@@ -201,7 +205,8 @@ bool Engine::make_room(int64_t bytes) {
 /** What of the sequence is computed already: in a stored cache, or in one that is in use and can be cut. */
 std::optional<PrefixCache::Hit> Engine::find_reusable(const Sequence& q) {
   const auto& options = q.cache_options;
-  // What is quantized later was computed from floats, so only a cache that was converted at the same token serves, and not shortened beyond it.
+  // What is quantized later was computed from floats, so only a cache that was converted at the same token serves, and not shortened beyond
+  // it.
   const auto serves = [&](int held, int usable) {
     return options.kv_bits == 0 || held < options.quantized_from_tokens || usable >= options.quantized_from_tokens;
   };

@@ -8,18 +8,18 @@ namespace mlxlm::engine {
 struct Engine::Sequence {
   SequenceId id = 0;
   Request request;
-  std::vector<int> tokens{};      // prompt (with what a given cache held) and answer
-  int prompt_tokens = 0;          // of these
-  int computed_tokens = 0;        // in the cache
+  std::vector<int> tokens{};  // prompt (with what a given cache held) and answer
+  int prompt_tokens = 0;      // of these
+  int computed_tokens = 0;    // in the cache
   CacheId cache = 0;
   CacheOptions cache_options{};
-  bool fixed_chunks = false;      // as Runner::chunks_show
+  bool fixed_chunks = false;  // as Runner::chunks_show
   int64_t reserved_bytes = 0, reserved_tokens = 0;
   int reused_tokens = 0;
   std::size_t next_boundary = 0;
-  int suspect_until_tokens = 0;   // was in a step that failed: runs alone until so many tokens are computed
+  int suspect_until_tokens = 0;  // was in a step that failed: runs alone until so many tokens are computed
   bool running = false, in_step = false;
-  Finish ended = Finish::none;    // while its step runs
+  Finish ended = Finish::none;  // while its step runs
 
   int generated_tokens() const { return static_cast<int>(tokens.size()) - prompt_tokens; }
   int pending_tokens() const { return static_cast<int>(tokens.size()) - computed_tokens; }

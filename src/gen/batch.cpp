@@ -15,7 +15,9 @@
 namespace mlxlm::gen {
 namespace {
 
-double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double now_s() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 double peak_gb() {
   const auto allocated = static_cast<int64_t>(mx::get_peak_memory());
@@ -23,7 +25,8 @@ double peak_gb() {
 }
 
 BatchGenerator::Stats stats_of(const engine::Counters& c, double start_s) {
-  return {c.prompt_tokens, c.generated_tokens, c.steps, c.drafted_tokens, c.accepted_tokens, c.prompt_s, c.decode_s, now_s() - start_s, peak_gb()};
+  return {c.prompt_tokens, c.generated_tokens, c.steps,           c.drafted_tokens, c.accepted_tokens,
+          c.prompt_s,      c.decode_s,         now_s() - start_s, peak_gb()};
 }
 
 void set(engine::Request& r, const cache::Quantization& q) {
@@ -49,9 +52,15 @@ engine::Limits default_limits(int max_sequences) {
 }
 
 BatchGenerator::Stats BatchGenerator::Stats::since(const Stats& e) const {
-  return {prompt_tokens - e.prompt_tokens, generation_tokens - e.generation_tokens, steps - e.steps,
-          drafted_tokens - e.drafted_tokens, accepted_tokens - e.accepted_tokens, prompt_s - e.prompt_s,
-          decode_s - e.decode_s, wall_s - e.wall_s, peak_memory_gb};
+  return {prompt_tokens - e.prompt_tokens,
+          generation_tokens - e.generation_tokens,
+          steps - e.steps,
+          drafted_tokens - e.drafted_tokens,
+          accepted_tokens - e.accepted_tokens,
+          prompt_s - e.prompt_s,
+          decode_s - e.decode_s,
+          wall_s - e.wall_s,
+          peak_memory_gb};
 }
 
 BatchGenerator::BatchGenerator(model::CausalModel& model, BatchOptions options, bool keep_caches)
@@ -64,7 +73,8 @@ BatchGenerator::BatchGenerator(model::CausalModel& model, BatchOptions options, 
 
 std::vector<BatchGenerator::Uid> BatchGenerator::insert(const std::vector<std::vector<int>>& prompts, const std::vector<int>& max_tokens) {
   if (!max_tokens.empty() && max_tokens.size() != prompts.size()) {
-    throw Error(Code::bad_request, "max_tokens", fmt::format("got {} values, wanted one for each of {} prompts", max_tokens.size(), prompts.size()));
+    throw Error(Code::bad_request, "max_tokens",
+                fmt::format("got {} values, wanted one for each of {} prompts", max_tokens.size(), prompts.size()));
   }
   std::vector<Insert> inserts;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
@@ -146,7 +156,7 @@ std::map<BatchGenerator::Uid, std::pair<cache::Caches, std::vector<int>>> BatchG
 }
 
 std::map<BatchGenerator::Uid, std::pair<cache::Caches, std::vector<int>>> BatchGenerator::remove(const std::vector<Uid>& uids,
-                                                                                                bool return_prompt_caches) {
+                                                                                                 bool return_prompt_caches) {
   auto found = return_prompt_caches ? extract_cache(uids) : decltype(extract_cache(uids)){};
   for (const auto uid : uids) {
     engine_.cancel(uid);
@@ -176,7 +186,8 @@ namespace {
 /** The text of one answer as its tokens come; ends it at a stop text. */
 class AnswerText {
  public:
-  AnswerText(const text::Tokenizer& tokenizer, const std::vector<std::string>& stop) : detokenizer_(tokenizer.make_detokenizer()), stops_(stop) {}
+  AnswerText(const text::Tokenizer& tokenizer, const std::vector<std::string>& stop)
+      : detokenizer_(tokenizer.make_detokenizer()), stops_(stop) {}
   /** True when a stop text was met. */
   bool add(int token, std::string& text) {
     detokenizer_->add_token(token);
@@ -199,13 +210,16 @@ class AnswerText {
 class Batch {
  public:
   Batch(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<BatchItem>& items, const BatchRun& run)
-      : tokenizer_(tokenizer), items_(items), run_(run), answers_(items.size()), runner_(model, run.limits, run.draft_model), engine_(runner_, run.limits) {}
+      : tokenizer_(tokenizer),
+        items_(items),
+        run_(run),
+        answers_(items.size()),
+        runner_(model, run.limits, run.draft_model),
+        engine_(runner_, run.limits) {}
 
   std::vector<BatchAnswer> run(BatchGenerator::Stats* stats) {
     const double start = now_s();
-    const auto read = [&] {
-      return stats_of(engine_.counters(), start);
-    };
+    const auto read = [&] { return stats_of(engine_.counters(), start); };
     for (std::size_t i = 0; i < items_.size(); ++i) submit(i);
     while (engine_.has_work()) {
       if (run_.cancel && run_.cancel->load(std::memory_order_relaxed)) cancel_all();
@@ -222,7 +236,10 @@ class Batch {
     const auto& item = items_[i];
     auto& answer = answers_[i];
     answer.prompt_tokens = static_cast<int>(item.prompt.size());
-    engine::Request r{.tokens = item.prompt, .max_tokens = item.max_tokens, .sampling = item.sampling, .max_kv_size_tokens = item.max_kv_size_tokens,
+    engine::Request r{.tokens = item.prompt,
+                      .max_tokens = item.max_tokens,
+                      .sampling = item.sampling,
+                      .max_kv_size_tokens = item.max_kv_size_tokens,
                       .drafts = item.drafts};
     set(r, item.kv_quantization);
     if (!item.ignore_eos) {
@@ -267,10 +284,10 @@ class Batch {
     }
     if (finish == engine::Finish::none) return;
     answer.error = e.error;
-    answer.finish = finish == engine::Finish::failed                  ? Finish::none
-                    : stopped || finish == engine::Finish::stop       ? Finish::stop
-                    : finish == engine::Finish::cancelled             ? Finish::cancelled
-                                                                      : Finish::length;
+    answer.finish = finish == engine::Finish::failed            ? Finish::none
+                    : stopped || finish == engine::Finish::stop ? Finish::stop
+                    : finish == engine::Finish::cancelled       ? Finish::cancelled
+                                                                : Finish::length;
     const auto i = index;
     open_.erase(found);
     if (run_.on_answer) run_.on_answer(i, answers_[i]);

@@ -39,7 +39,7 @@ class BatchGenerator {
   struct Insert {
     std::vector<std::vector<int>> segments{};  // of the prompt: a step ends at each; empty ones are dropped
     std::optional<int> max_tokens{};
-    cache::Caches caches{};          // continue from these; they hold exactly all_tokens
+    cache::Caches caches{};  // continue from these; they hold exactly all_tokens
     std::vector<int> all_tokens{};
     std::optional<engine::Sampling> sampling{};
     std::optional<std::vector<std::vector<int>>> stop_tokens{};
@@ -55,11 +55,11 @@ class BatchGenerator {
   struct Response {
     Uid uid = 0;
     std::optional<engine::ChosenToken> chosen{};  // absent when the sequence ended without one
-    bool from_draft = false;         // guessed, and right; one step then brings several responses of a sequence
+    bool from_draft = false;                      // guessed, and right; one step then brings several responses of a sequence
     engine::Finish finish = engine::Finish::none;
     std::optional<Error> error{};
-    cache::Caches caches{};          // when finished, and wanted by keep_caches
-    std::vector<int> all_tokens{};   // what they hold
+    cache::Caches caches{};         // when finished, and wanted by keep_caches
+    std::vector<int> all_tokens{};  // what they hold
   };
   struct Stats {
     int64_t prompt_tokens = 0, generation_tokens = 0, steps = 0;
@@ -117,12 +117,12 @@ struct BatchItem {
 
 struct BatchAnswer {
   std::string text{};
-  std::vector<int> tokens{};       // without the one that ended it
-  std::vector<float> logprobs{};   // of `tokens`, when wanted
-  Finish finish = Finish::none;    // none: failed, see error
+  std::vector<int> tokens{};      // without the one that ended it
+  std::vector<float> logprobs{};  // of `tokens`, when wanted
+  Finish finish = Finish::none;   // none: failed, see error
   std::optional<Error> error{};
   int prompt_tokens = 0, generation_tokens = 0;  // generation: the token that ended it counts
-  int accepted_tokens = 0;         // of these: guesses
+  int accepted_tokens = 0;                       // of these: guesses
 };
 
 struct BatchRun {
@@ -135,7 +135,8 @@ struct BatchRun {
   const std::atomic<bool>* cancel = nullptr;
 };
 
-/** Answers in order of the items. A bad item fails alone. When cancelled, what is not done ends with Finish::cancelled and its text so far. */
+/** Answers in order of the items. A bad item fails alone. When cancelled, what is not done ends with Finish::cancelled and its text so far.
+ */
 std::vector<BatchAnswer> batch_generate(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<BatchItem>& items,
                                         const BatchRun& run = {}, BatchGenerator::Stats* stats = nullptr);
 

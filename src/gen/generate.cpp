@@ -80,8 +80,10 @@ bool last_token_alone(const Options& options, const cache::Caches& caches) {
   });
 }
 
-/** Runs all but the last token of a prompt, or, unless `whole`, all but what one more step takes; returns how many, or nothing when cancelled. */
-std::optional<int> run_chunks(model::CausalModel& model, const std::vector<int>& prompt, const Options& options, cache::Caches& caches, bool whole) {
+/** Runs all but the last token of a prompt, or, unless `whole`, all but what one more step takes; returns how many, or nothing when
+ * cancelled. */
+std::optional<int> run_chunks(model::CausalModel& model, const std::vector<int>& prompt, const Options& options, cache::Caches& caches,
+                              bool whole) {
   const int total = static_cast<int>(prompt.size());
   const int alone = last_token_alone(options, caches) ? 1 : 0, last = whole ? 0 : alone > 0 ? alone : options.prefill_step_tokens;
   int processed = 0;
@@ -130,8 +132,8 @@ class Generation {
     if (caches_.empty()) caches_ = cache::make_caches(model.description(), options.max_kv_size_tokens);
     const int vocab = model.description().vocab;
     if (options.draft_model != nullptr) {
-      drafter_ = std::make_unique<ModelDrafter>(*options.draft_model, vocab, options.max_kv_size_tokens, options.prefill_step_tokens, sampler_,
-                                                options.processors);
+      drafter_ = std::make_unique<ModelDrafter>(*options.draft_model, vocab, options.max_kv_size_tokens, options.prefill_step_tokens,
+                                                sampler_, options.processors);
     } else if (options.ngram_draft_tokens > 0) {
       drafter_ = std::make_unique<NgramDrafter>();
     }
@@ -168,12 +170,12 @@ class Generation {
   std::unique_ptr<text::Detokenizer> detokenizer_;
   std::unique_ptr<Drafter> drafter_;  // null = plain decoding
   const std::function<bool(const Response&)>* on_response_ = nullptr;
-  Response last_;             // what was delivered last
-  bool last_is_held_ = false; // speculation: the last token is in the caches
-  std::vector<int> history_;  // prompt and generated tokens, only for processors and drafts
-  int count_ = 0;             // generated tokens
+  Response last_;              // what was delivered last
+  bool last_is_held_ = false;  // speculation: the last token is in the caches
+  std::vector<int> history_;   // prompt and generated tokens, only for processors and drafts
+  int count_ = 0;              // generated tokens
   int drafted_ = 0, accepted_ = 0;
-  int held_at_start_ = 0;     // speculation: tokens in the caches beside those of history_
+  int held_at_start_ = 0;  // speculation: tokens in the caches beside those of history_
   double prompt_s_ = 0;
   Clock::time_point decode_start_{};
 };
@@ -203,7 +205,9 @@ void Generation::validate_drafts() const {
   }
   if (options_.draft_model != nullptr && !on_gpu()) {
     const auto tokens = static_cast<int64_t>(prompt_.size());
-    check_available(cache_bytes(options_.draft_model->description(), tokens, {.max_kv_size_tokens = options_.max_kv_size_tokens, .value_bytes = 2}), tokens);
+    check_available(
+        cache_bytes(options_.draft_model->description(), tokens, {.max_kv_size_tokens = options_.max_kv_size_tokens, .value_bytes = 2}),
+        tokens);
   }
 }
 

@@ -28,8 +28,8 @@ struct Options {
   bool want_logprobs = false;  // the whole vector for each token
   std::function<void(int processed, int total)> on_prefill{};
   const std::atomic<bool>* cancel = nullptr;  // set from a signal handler or another thread
-  // Speculative decoding: tokens are guessed ahead and checked by the model in one call. What comes out is the model's own choice (greedy) or
-  // has its own distribution (sampling).
+  // Speculative decoding: tokens are guessed ahead and checked by the model in one call. What comes out is the model's own choice (greedy)
+  // or has its own distribution (sampling).
   model::CausalModel* draft_model = nullptr;  // with the tokens of the model (check_same_vocabulary)
   int draft_tokens = 3;                       // that draft_model guesses at a time; 1 to 256
   int ngram_draft_tokens = 0;                 // most that are guessed at a time out of the text so far; 0 = off, at most 256
@@ -54,15 +54,15 @@ struct Response {
 /** GB (1e9 bytes): on a GPU of MLX's allocator, on the CPU of the whole process. */
 double peak_memory_gb();
 
-/** Runs a prompt through `caches` (made when empty) without sampling anything: they then hold all its tokens. Of `options` it uses the prefill step,
- *  the sizes and quantization of caches, on_prefill and cancel. Returns false when it was cancelled. Throws as stream_generate.
- *  Reference: mlx_lm/cache_prompt.py, which generates 0 tokens */
+/** Runs a prompt through `caches` (made when empty) without sampling anything: they then hold all its tokens. Of `options` it uses the
+ * prefill step, the sizes and quantization of caches, on_prefill and cancel. Returns false when it was cancelled. Throws as
+ * stream_generate. Reference: mlx_lm/cache_prompt.py, which generates 0 tokens */
 bool prefill(model::CausalModel& model, const std::vector<int>& prompt, const Options& options, cache::Caches& caches);
 
 /** Calls on_response once for each token, the end-of-text token included; the last call has `finish` set and the rest of the text.
  *  When on_response returns false, or `cancel` is set, generation ends with Finish::cancelled. `caches` may be given to continue from (they
- *  then hold every token that was delivered; speculation may replace the objects in them); else fresh ones are made. Returns the last response.
- *  Throws Error(bad_request): empty prompt, token out of the vocabulary; Error(out_of_memory) before prefill with both figures. */
+ *  then hold every token that was delivered; speculation may replace the objects in them); else fresh ones are made. Returns the last
+ * response. Throws Error(bad_request): empty prompt, token out of the vocabulary; Error(out_of_memory) before prefill with both figures. */
 Response stream_generate(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<int>& prompt,
                          const Options& options, const std::function<bool(const Response&)>& on_response, cache::Caches* caches = nullptr);
 

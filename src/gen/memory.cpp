@@ -103,7 +103,8 @@ int64_t bytes_of(const arch::Model& model, int64_t tokens, const CacheSizes& siz
     if (sizes.max_kv_size_tokens > 0) held = std::min<int64_t>(held, sizes.max_kv_size_tokens);
     // A group has its codes, a scale and a bias.
     const double per_value = quantized ? q.bits / 8.0 + 2.0 * sizes.value_bytes / q.group_size : sizes.value_bytes;
-    bytes += static_cast<double>(layer.values_fixed) * sizes.value_bytes + static_cast<double>(held) * static_cast<double>(layer.values_per_token) * per_value;
+    bytes += static_cast<double>(layer.values_fixed) * sizes.value_bytes +
+             static_cast<double>(held) * static_cast<double>(layer.values_per_token) * per_value;
   }
   return static_cast<int64_t>(std::min(bytes, 9e18));
 }
@@ -131,16 +132,18 @@ int value_bytes(const cache::Caches& caches) {
 void check_available(int64_t needed_bytes, int64_t tokens) {
   const auto free = available_bytes();
   if (!free || needed_bytes <= *free) return;
-  throw Error(Code::out_of_memory, "prompt",
-              fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB; wanted a shorter prompt, --kv-bits or a --max-kv-size",
-                          tokens, static_cast<double>(needed_bytes) / 1e9, static_cast<double>(*free) / 1e9));
+  throw Error(
+      Code::out_of_memory, "prompt",
+      fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB; wanted a shorter prompt, --kv-bits or a --max-kv-size",
+                  tokens, static_cast<double>(needed_bytes) / 1e9, static_cast<double>(*free) / 1e9));
 }
 
 void check_available_for(const std::string& file, int64_t needed_bytes) {
   const auto free = available_bytes();
   if (!free || needed_bytes <= *free) return;
   throw Error(Code::out_of_memory, file,
-              fmt::format("its caches need {:.3f} GB, available are {:.3f} GB", static_cast<double>(needed_bytes) / 1e9, static_cast<double>(*free) / 1e9));
+              fmt::format("its caches need {:.3f} GB, available are {:.3f} GB", static_cast<double>(needed_bytes) / 1e9,
+                          static_cast<double>(*free) / 1e9));
 }
 
 }  // namespace mlxlm::gen

@@ -17,8 +17,9 @@ std::optional<int64_t> available_bytes();
 /** The most memory that the process had resident, in bytes. */
 int64_t peak_resident_bytes();
 
-/** Bytes that the caches of `model` take at most while a context of `tokens` tokens is built up, at `value_bytes` a number; max_kv_size_tokens 0 =
- *  unbounded. Quantized ones hold floats until they are converted: for `start_tokens`, and for a whole step of the prompt. */
+/** Bytes that the caches of `model` take at most while a context of `tokens` tokens is built up, at `value_bytes` a number;
+ * max_kv_size_tokens 0 = unbounded. Quantized ones hold floats until they are converted: for `start_tokens`, and for a whole step of the
+ * prompt. */
 struct CacheSizes {
   int max_kv_size_tokens = 0;
   int value_bytes = 2;

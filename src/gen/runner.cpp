@@ -19,7 +19,7 @@
 namespace mlxlm::gen {
 namespace {
 
-constexpr int kBlockTokens = 256;      // as caches grow
+constexpr int kBlockTokens = 256;  // as caches grow
 constexpr int64_t kClearEverySteps = 128;
 
 /** Ends the evaluation of a step that failed: no work may outlive the caches that it writes to. */
@@ -54,7 +54,7 @@ struct ModelRunner::Chooser {
   std::shared_ptr<engine::TokenMask> mask;
   engine::Drafts drafts;
   NgramDrafter ngrams{};
-  std::unique_ptr<ModelDrafter> drafter{};  // made with the first draft
+  std::unique_ptr<ModelDrafter> drafter{};         // made with the first draft
   std::optional<mx::array> draft_probabilities{};  // that the latest draft was drawn from
 
   bool wants_logprobs() const { return sampling.want_logprob || sampling.want_logprobs || sampling.top_logprobs > 0; }
@@ -143,8 +143,8 @@ void ModelRunner::check(std::span<const int> tokens, const engine::Sampling& sam
   }
 }
 
-/** A cache grows by half of itself, in whole blocks; one with a limit holds a step more than that. Floats turn into quantized rows while both are
- *  there. What cannot forget is copied before it sees a draft. A draft model has caches of its own. */
+/** A cache grows by half of itself, in whole blocks; one with a limit holds a step more than that. Floats turn into quantized rows while
+ * both are there. What cannot forget is copied before it sees a draft. A draft model has caches of its own. */
 int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) const {
   const auto layout = plan::cache_layout(model_.description());
   const auto bytes_of = [&](int64_t held, bool quantized) {
@@ -153,11 +153,13 @@ int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) c
     for (std::size_t i = 0; i < layout.size(); ++i) {
       int64_t limit = layout[i].kind == plan::CacheKind::rotating ? layout[i].window_tokens : 0;
       if (o.max_kv_size_tokens > 0) limit = limit > 0 ? std::min<int64_t>(limit, o.max_kv_size_tokens) : o.max_kv_size_tokens;
-      const auto step = std::max(o.max_kv_size_tokens > 0 || o.kv_bits > 0 ? limited_chunk_tokens_ : chunk_tokens_, o.with_drafts ? kBlockTokens : 0);
+      const auto step =
+          std::max(o.max_kv_size_tokens > 0 || o.kv_bits > 0 ? limited_chunk_tokens_ : chunk_tokens_, o.with_drafts ? kBlockTokens : 0);
       const auto rows = limit > 0 ? std::min(held + kBlockTokens, limit + step) : grown;
       const auto values = rows * layout[i].values_per_token;
       // A group has its codes, a scale and a bias.
-      const auto kept = quantized ? values * o.kv_bits / 8 + values / o.kv_group_size * 2 * layer_value_bytes_[i] : values * layer_value_bytes_[i];
+      const auto kept =
+          quantized ? values * o.kv_bits / 8 + values / o.kv_group_size * 2 * layer_value_bytes_[i] : values * layer_value_bytes_[i];
       const bool copied = o.with_drafts && (limit > 0 || layer_fixed_bytes_[i] > 0);
       bytes += (kept + layer_fixed_bytes_[i]) * (copied ? 2 : 1);
     }
@@ -165,7 +167,8 @@ int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) c
   };
   int64_t drafts = 0;
   if (o.with_draft_model && draft_model_ != nullptr) {
-    drafts = cache_bytes(draft_model_->description(), tokens * 3 / 2 + kBlockTokens, {.max_kv_size_tokens = o.max_kv_size_tokens, .value_bytes = draft_value_bytes_});
+    drafts = cache_bytes(draft_model_->description(), tokens * 3 / 2 + kBlockTokens,
+                         {.max_kv_size_tokens = o.max_kv_size_tokens, .value_bytes = draft_value_bytes_});
   }
   const bool converted = o.kv_bits > 0 && tokens >= o.quantized_from_tokens;
   if (!converted) return drafts + bytes_of(tokens, false);
@@ -175,9 +178,8 @@ int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) c
 /** Attention sums a quantized window from its oldest row on, which is another one after another chunk. */
 bool ModelRunner::chunks_show(const engine::CacheOptions& options) const {
   if (options.kv_bits == 0) return false;
-  return options.max_kv_size_tokens > 0 || std::ranges::any_of(plan::cache_layout(model_.description()), [](const auto& layer) {
-           return layer.kind == plan::CacheKind::rotating;
-         });
+  return options.max_kv_size_tokens > 0 || std::ranges::any_of(plan::cache_layout(model_.description()),
+                                                               [](const auto& layer) { return layer.kind == plan::CacheKind::rotating; });
 }
 
 ModelRunner::Held& ModelRunner::held(engine::CacheId cache) {
@@ -186,7 +188,9 @@ ModelRunner::Held& ModelRunner::held(engine::CacheId cache) {
   return found->second;
 }
 
-const ModelRunner::Held& ModelRunner::held(engine::CacheId cache) const { return const_cast<ModelRunner*>(this)->held(cache); }
+const ModelRunner::Held& ModelRunner::held(engine::CacheId cache) const {
+  return const_cast<ModelRunner*>(this)->held(cache);
+}
 
 engine::CacheId ModelRunner::reserve(int64_t tokens, const engine::CacheOptions& options) {
   auto caches = cache::make_caches(model_.description(), options.max_kv_size_tokens);
@@ -234,8 +238,7 @@ const cache::Caches& ModelRunner::caches(engine::CacheId cache) {
 
 engine::CacheId ModelRunner::adopt(cache::Caches caches) {
   if (caches.size() != model_.description().layers.size()) {
-    throw Error(Code::bad_request, "cache",
-                fmt::format("has {} layers, wanted {}", caches.size(), model_.description().layers.size()));
+    throw Error(Code::bad_request, "cache", fmt::format("has {} layers, wanted {}", caches.size(), model_.description().layers.size()));
   }
   int tokens = 0;
   for (const auto& c : caches) tokens = c ? std::max(tokens, c->offset()) : tokens;
@@ -282,7 +285,9 @@ void ModelRunner::trim(engine::CacheId cache, int tokens) {
   h.tokens = tokens;
 }
 
-void ModelRunner::free(engine::CacheId cache) noexcept { held_.erase(cache); }
+void ModelRunner::free(engine::CacheId cache) noexcept {
+  held_.erase(cache);
+}
 
 int64_t ModelRunner::held_bytes() const {
   std::map<const void*, int64_t> buffers;
@@ -314,7 +319,9 @@ void ModelRunner::begin(engine::SequenceId sequence, const engine::Sampling& sam
   choosers_.insert_or_assign(sequence, std::make_shared<Chooser>(sampling, std::move(mask), drafts));
 }
 
-void ModelRunner::end(engine::SequenceId sequence) noexcept { choosers_.erase(sequence); }
+void ModelRunner::end(engine::SequenceId sequence) noexcept {
+  choosers_.erase(sequence);
+}
 
 /** A draft is never worth an answer: who cannot have one gets none. */
 std::vector<std::vector<int>> ModelRunner::draft(const std::vector<engine::DraftWanted>& wanted) {
@@ -335,8 +342,8 @@ std::vector<std::vector<int>> ModelRunner::draft(const std::vector<engine::Draft
       drafts[i] = chooser.ngrams.propose(histories[i], most).tokens;
     } else {
       if (!chooser.drafter) {
-        chooser.drafter = std::make_unique<ModelDrafter>(*draft_model_, model_.description().vocab, h.options.max_kv_size_tokens, limited_chunk_tokens_,
-                                                         chooser.sampler, chooser.processors);
+        chooser.drafter = std::make_unique<ModelDrafter>(*draft_model_, model_.description().vocab, h.options.max_kv_size_tokens,
+                                                         limited_chunk_tokens_, chooser.sampler, chooser.processors);
       }
       by_model.push_back({chooser.drafter.get(), &histories[i], most});
       index.push_back(i);
@@ -380,8 +387,8 @@ struct ModelRunner::Call {
   bool planned = false;  // plans_writes()
 };
 
-/** In the order of the plan. Rows that the model runs in another way than their neighbours get a call of their own, as they would alone: else
- *  neighbours would show in the last bits. */
+/** In the order of the plan. Rows that the model runs in another way than their neighbours get a call of their own, as they would alone:
+ * else neighbours would show in the last bits. */
 mx::array ModelRunner::logits_of(const engine::StepPlan& plan) {
   std::vector<Call> calls;
   for (const auto& row : plan.rows) {
@@ -396,9 +403,11 @@ mx::array ModelRunner::logits_of(const engine::StepPlan& plan) {
     const int count = static_cast<int>(tokens.size());
     calls.push_back({std::move(tokens), {count, row.wanted_rows, &h.caches}, plans_writes(h.caches)});
   }
-  const bool one = std::string_view(model_.executor()) != "fused" || std::ranges::all_of(calls, &Call::planned) || std::ranges::none_of(calls, &Call::planned);
+  const bool one = std::string_view(model_.executor()) != "fused" || std::ranges::all_of(calls, &Call::planned) ||
+                   std::ranges::none_of(calls, &Call::planned);
   if (one) return run_calls(calls, [](const Call&) { return true; });
-  const auto logits = mx::concatenate({run_calls(calls, [](const Call& c) { return c.planned; }), run_calls(calls, [](const Call& c) { return !c.planned; })}, 0);
+  const auto logits = mx::concatenate(
+      {run_calls(calls, [](const Call& c) { return c.planned; }), run_calls(calls, [](const Call& c) { return !c.planned; })}, 0);
   int planned = 0, other = 0;
   for (const auto& c : calls) other += c.planned ? c.segment.wanted_rows : 0;
   std::vector<int> order;
@@ -533,7 +542,8 @@ void ModelRunner::read(const engine::PlannedRow& row, const Choice& choice, Choo
     verdict = *choice.verdict;
   } else {
     const int* tokens = choice.token.data<int>();
-    while (verdict.accepted < static_cast<int>(row.draft.size()) && tokens[verdict.accepted] == row.draft[verdict.accepted]) ++verdict.accepted;
+    while (verdict.accepted < static_cast<int>(row.draft.size()) && tokens[verdict.accepted] == row.draft[verdict.accepted])
+      ++verdict.accepted;
     verdict.token = tokens[verdict.accepted];
   }
   for (int i = 0; i <= verdict.accepted; ++i) {

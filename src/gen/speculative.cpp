@@ -78,8 +78,9 @@ void check_same_vocabulary(const text::Tokenizer& target, const text::Tokenizer&
   for (int id = 0; id < size; id += std::max(1, size / samples)) {
     const auto wanted = target.id_to_token(id), token = draft.id_to_token(id);
     if (wanted != token) {
-      throw Error(Code::bad_request, "draft model",
-                  fmt::format("token {} is '{}', wanted '{}' as in the model's own vocabulary", id, token.value_or(""), wanted.value_or("")));
+      throw Error(
+          Code::bad_request, "draft model",
+          fmt::format("token {} is '{}', wanted '{}' as in the model's own vocabulary", id, token.value_or(""), wanted.value_or("")));
     }
   }
 }
@@ -92,7 +93,8 @@ Trail::Trail(model::CausalModel& model, cache::Caches& caches)
 bool Trail::one_call_agrees(int tokens) const {
   tokens += static_cast<int>(pending_.size());
   if (tokens > exact_call_) return false;
-  return std::ranges::all_of(caches_, [&](const auto& c) { return !c || (c->one_call_agrees(tokens) && tokens <= exact_context_ - c->offset()); });
+  return std::ranges::all_of(caches_,
+                             [&](const auto& c) { return !c || (c->one_call_agrees(tokens) && tokens <= exact_context_ - c->offset()); });
 }
 
 void Trail::mark(int tokens, bool one_call) {
@@ -134,9 +136,12 @@ void Trail::back_to(int count) {
   if (dropped > 0) {
     for (std::size_t i = 0; i < caches_.size(); ++i) {
       if (!caches_[i]) continue;
-      if (!copied) caches_[i]->rewind(dropped);
-      else if (copies_[i]) caches_[i] = std::move(copies_[i]);
-      else caches_[i]->rewind(ran);
+      if (!copied)
+        caches_[i]->rewind(dropped);
+      else if (copies_[i])
+        caches_[i] = std::move(copies_[i]);
+      else
+        caches_[i]->rewind(ran);
     }
     if (copied) pending_.assign(since_.begin(), since_.begin() + count);
   }
@@ -185,8 +190,10 @@ void NgramDrafter::judge_last(const std::vector<int>& history) {
   std::size_t accepted = 0;
   while (accepted < last_.size() && last_at_ + accepted < history.size() && history[last_at_ + accepted] == last_[accepted]) ++accepted;
   constexpr int least = 2, most = 256;
-  if (accepted == last_.size()) length_ = std::min(most, std::max(length_, static_cast<int>(accepted) * 2));
-  else if (2 * accepted < last_.size()) length_ = std::max(least, length_ / 2);
+  if (accepted == last_.size())
+    length_ = std::min(most, std::max(length_, static_cast<int>(accepted) * 2));
+  else if (2 * accepted < last_.size())
+    length_ = std::max(least, length_ / 2);
   // Where guesses are wrong again and again, they are rarer.
   constexpr int longest_rest = 16;
   misses_ = accepted == 0 ? misses_ + 1 : 0;

@@ -21,8 +21,8 @@ void evaluate_state(const cache::Caches& caches);
 /** Throws Error(bad_request) when the tokens of the two are not the same, which drafts need. */
 void check_same_vocabulary(const text::Tokenizer& target, const text::Tokenizer& draft);
 
-/** A model and the caches of one sequence, from which the latest tokens can be taken back: where a cache cannot forget (recurrent states, full
- *  windows) a copy from before takes its place, and the tokens that stay run again as the beginning of the next call. */
+/** A model and the caches of one sequence, from which the latest tokens can be taken back: where a cache cannot forget (recurrent states,
+ * full windows) a copy from before takes its place, and the tokens that stay run again as the beginning of the next call. */
 class Trail {
  public:
   Trail(model::CausalModel& model, cache::Caches& caches);
@@ -45,13 +45,13 @@ class Trail {
  private:
   model::CausalModel& model_;
   cache::Caches& caches_;
-  int exact_context_;                     // tokens; in a longer one a rotation depends on the length of the call
-  int exact_call_;                        // tokens; longer ones are computed in another form
+  int exact_context_;  // tokens; in a longer one a rotation depends on the length of the call
+  int exact_call_;     // tokens; longer ones are computed in another form
   bool marked_ = false;
-  std::vector<cache::CachePtr> copies_;   // of the caches that cannot rewind, as they were at the mark
-  std::vector<int> since_;                // tokens that ran since the mark
-  std::vector<int> pending_;              // kept, but not in the caches
-  int redone_ = 0;                        // of since_: were pending at the mark
+  std::vector<cache::CachePtr> copies_;  // of the caches that cannot rewind, as they were at the mark
+  std::vector<int> since_;               // tokens that ran since the mark
+  std::vector<int> pending_;             // kept, but not in the caches
+  int redone_ = 0;                       // of since_: were pending at the mark
 };
 
 struct Draft {
@@ -70,7 +70,8 @@ class Drafter {
 };
 
 /** Finds where the text so far ended as it ends now, the longest and then the latest such place, and drafts what came next there.
- *  Drafts grow while they are accepted, shrink when they are not, and pause when they are all wrong. Reference: prompt lookup decoding (Saxena 2023) */
+ *  Drafts grow while they are accepted, shrink when they are not, and pause when they are all wrong. Reference: prompt lookup decoding
+ * (Saxena 2023) */
 class NgramDrafter final : public Drafter {
  public:
   Draft propose(const std::vector<int>& history, int most) override;

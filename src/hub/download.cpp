@@ -65,7 +65,7 @@ class PartFile {
   PartFile& operator=(const PartFile&) = delete;
 
   int64_t size() const {
-    struct stat info {};
+    struct stat info{};
     if (::fstat(fd_, &info) != 0) fail("stat");
     return info.st_size;
   }

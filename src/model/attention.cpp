@@ -132,7 +132,9 @@ class MlaBlock final : public Mixer {
   /** In the latent space, each token by itself: the same bits whatever comes with it. */
   mx::array token_by_token(const mx::array& q_nope, const mx::array& q_rope, const mx::array& latent, const mx::array& key) const {
     const int length = q_nope.shape(2), keys = latent.shape(2);
-    const auto rows = [](const mx::array& a, int from, int to) { return mx::slice(a, {0, 0, from, 0}, {a.shape(0), a.shape(1), to, a.shape(3)}); };
+    const auto rows = [](const mx::array& a, int from, int to) {
+      return mx::slice(a, {0, 0, from, 0}, {a.shape(0), a.shape(1), to, a.shape(3)});
+    };
     std::vector<mx::array> parts;
     for (int l = 0; l < length; ++l) {
       const int visible = keys - length + l + 1;

@@ -23,20 +23,20 @@ namespace mx = mlx::core;
 
 enum class Rows { all, last };
 
-/** What one sequence does in a step. A batch is a list of these: each has caches of its own, so sequences of any length and with any kind of
- *  cache run together, prefill beside decode, without padding. */
+/** What one sequence does in a step. A batch is a list of these: each has caches of its own, so sequences of any length and with any kind
+ * of cache run together, prefill beside decode, without padding. */
 struct Segment {
   int tokens = 1;
-  int wanted_rows = 1;               // logits of its last so many tokens; 0 = none (a chunk of a prompt)
-  cache::Caches* caches = nullptr;   // null or empty: nothing is remembered
+  int wanted_rows = 1;              // logits of its last so many tokens; 0 = none (a chunk of a prompt)
+  cache::Caches* caches = nullptr;  // null or empty: nothing is remembered
 };
 
 /** Thread: the one that owns MLX. */
 class CausalModel {
  public:
   virtual ~CausalModel() = default;
-  /** tokens int32 [T], the segments one after the other -> logits [R, V] of all wanted rows in the same order, in the model's dtype. Advances each
-   *  cache by its segment's tokens. On the CPU, a sequence's logits are the same bits whatever runs beside it. */
+  /** tokens int32 [T], the segments one after the other -> logits [R, V] of all wanted rows in the same order, in the model's dtype.
+   * Advances each cache by its segment's tokens. On the CPU, a sequence's logits are the same bits whatever runs beside it. */
   virtual mx::array run(const mx::array& tokens, const std::vector<Segment>& segments) = 0;
   /** One sequence: tokens [1,L] int32 -> logits [1,L,V], or [1,1,V] for Rows::last. */
   mx::array forward(const mx::array& tokens, cache::Caches& caches, Rows rows = Rows::all);
@@ -71,7 +71,8 @@ struct Loaded {
   std::filesystem::path path;
 };
 
-/** config.json merged with generation_config.json (its eos_token_id wins) and hoisted quantization. Reference: mlx_lm/utils.py load_config */
+/** config.json merged with generation_config.json (its eos_token_id wins) and hoisted quantization. Reference: mlx_lm/utils.py load_config
+ */
 json load_config(const std::filesystem::path& folder);
 
 struct LoadOptions {

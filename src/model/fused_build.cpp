@@ -23,7 +23,8 @@ class Fuser {
     program->logit_scale = model_.logit_scale;
     program->logit_softcap = model_.logit_softcap;
     program->embed_scale = model_.embed_scale;
-    if (model_.embed_scale != 1.f) program->embed_scale = rounded(model_.embed_scale, model_.embed_scale_bf16 ? mx::bfloat16 : parts_.dtype);
+    if (model_.embed_scale != 1.f)
+      program->embed_scale = rounded(model_.embed_scale, model_.embed_scale_bf16 ? mx::bfloat16 : parts_.dtype);
     const auto table = parts_.embed->eager();
     if (table.parts.size() != 1) return nullptr;
     program->embedding = table.parts[0].matrix;
@@ -82,13 +83,20 @@ class Fuser {
     made.scale = step.scale;
     for (const auto& op : step.ops) {
       if (!supported_) break;
-      if (const auto* a = std::get_if<arch::Attention>(&op)) made.ops.push_back(attention(*a, at, layer));
-      else if (const auto* g = std::get_if<arch::Glu>(&op)) made.ops.push_back(glu(*g, at));
-      else if (const auto* m = std::get_if<arch::Mlp>(&op)) made.ops.push_back(mlp(*m, at));
-      else if (const auto* e = std::get_if<arch::Moe>(&op)) made.ops.push_back(experts(*e, at));
-      else if (const auto* l = std::get_if<arch::Mla>(&op)) made.ops.push_back(latent(*l, at, layer));
-      else if (const auto* s = std::get_if<arch::Mamba2>(&op)) made.ops.push_back(mamba(*s, at, layer));
-      else supported_ = false;
+      if (const auto* a = std::get_if<arch::Attention>(&op))
+        made.ops.push_back(attention(*a, at, layer));
+      else if (const auto* g = std::get_if<arch::Glu>(&op))
+        made.ops.push_back(glu(*g, at));
+      else if (const auto* m = std::get_if<arch::Mlp>(&op))
+        made.ops.push_back(mlp(*m, at));
+      else if (const auto* e = std::get_if<arch::Moe>(&op))
+        made.ops.push_back(experts(*e, at));
+      else if (const auto* l = std::get_if<arch::Mla>(&op))
+        made.ops.push_back(latent(*l, at, layer));
+      else if (const auto* s = std::get_if<arch::Mamba2>(&op))
+        made.ops.push_back(mamba(*s, at, layer));
+      else
+        supported_ = false;
     }
     return made;
   }
@@ -96,7 +104,8 @@ class Fuser {
   FusedLatent latent(const arch::Mla& op, const std::string& layer_at, int layer) {
     const std::string at = layer_at + op.at + ".";
     const arch::Norm inner{.eps = op.norm_eps};
-    FusedLatent made{.heads = op.heads, .latent = op.kv_lora, .nope = op.nope_dim, .rope = op.rope_dim, .value = op.v_dim, .scale = op.scale};
+    FusedLatent made{
+        .heads = op.heads, .latent = op.kv_lora, .nope = op.nope_dim, .rope = op.rope_dim, .value = op.v_dim, .scale = op.scale};
     made.memory.layer = layer;
     made.memory.kv_heads = 1;
     made.memory.latent = true;
@@ -203,6 +212,8 @@ class Fuser {
 
 }  // namespace
 
-std::shared_ptr<Program> make_program(const arch::Model& description, const FusedParts& parts) { return Fuser(description, parts).build(); }
+std::shared_ptr<Program> make_program(const arch::Model& description, const FusedParts& parts) {
+  return Fuser(description, parts).build();
+}
 
 }  // namespace mlxlm::model::fused

@@ -30,8 +30,10 @@ void keep_groups(float* scores, const arch::Moe& spec) {
   for (int g = 0; g < spec.groups; ++g) {
     std::array<float, 2> best{-INFINITY, -INFINITY};
     for (int i = g * width; i < (g + 1) * width; ++i) {
-      if (scores[i] > best[0]) best = {scores[i], best[0]};
-      else best[1] = std::max(best[1], scores[i]);
+      if (scores[i] > best[0])
+        best = {scores[i], best[0]};
+      else
+        best[1] = std::max(best[1], scores[i]);
     }
     strength[g] = best[0] + best[1];
   }
@@ -90,28 +92,37 @@ void Program::experts(const FusedExperts& op, const FusedStep& step, int rows, f
     latent = to;
   }
   float *hidden = hidden_.get(int64_t(rows) * k * wide), *outputs = spare_[3].get(int64_t(rows) * k * inner);
-  cpu::eager_gather(op.up, rows, k, chosen.data(), false, [&](int row, float* to) { std::memcpy(to, latent + int64_t(row) * inner, inner * sizeof(float)); },
-                    exact(), hidden, wide);
-  cpu::eager_gather(op.down, rows, k, chosen.data(), true, [&](int row, float* to) {
-    const float* from = hidden + int64_t(row) * wide;
-    act_row(spec.act, from, spec.gated ? from + spec.hidden : nullptr, to, spec.hidden);
-  }, exact(), outputs, inner);
+  cpu::eager_gather(
+      op.up, rows, k, chosen.data(), false,
+      [&](int row, float* to) { std::memcpy(to, latent + int64_t(row) * inner, inner * sizeof(float)); }, exact(), hidden, wide);
+  cpu::eager_gather(
+      op.down, rows, k, chosen.data(), true,
+      [&](int row, float* to) {
+        const float* from = hidden + int64_t(row) * wide;
+        act_row(spec.act, from, spec.gated ? from + spec.hidden : nullptr, to, spec.hidden);
+      },
+      exact(), outputs, inner);
   const auto combine = [&](int row, float* to) {
     std::fill_n(to, inner, 0.f);
     for (int j = 0; j < k; ++j) cpu::isa().add_scaled(to, outputs + (int64_t(row) * k + j) * inner, weights[int64_t(row) * k + j], inner);
   };
-  if (spec.latent > 0) cpu::eager_map(op.from_latent, rows, combine, exact(), y, width);
-  else for_rows(rows, int64_t(k) * width, [&](int row) { combine(row, y + int64_t(row) * width); });
+  if (spec.latent > 0)
+    cpu::eager_map(op.from_latent, rows, combine, exact(), y, width);
+  else
+    for_rows(rows, int64_t(k) * width, [&](int row) { combine(row, y + int64_t(row) * width); });
   if (spec.shared_hidden == 0) return;
 
   const int shared_wide = op.shared_up.out_dims, shared = spec.shared_hidden;
   hidden = hidden_.get(int64_t(rows) * shared_wide);
   cpu::eager_map(op.shared_up, rows, from_input, exact(), hidden, shared_wide);
   float* more = spare_[3].get(int64_t(rows) * width);
-  cpu::eager_map(op.shared_down, rows, [&](int row, float* to) {
-    const float* from = hidden + int64_t(row) * shared_wide;
-    act_row(spec.act, from, spec.shared_gated ? from + shared : nullptr, to, shared);
-  }, exact(), more, width);
+  cpu::eager_map(
+      op.shared_down, rows,
+      [&](int row, float* to) {
+        const float* from = hidden + int64_t(row) * shared_wide;
+        act_row(spec.act, from, spec.shared_gated ? from + shared : nullptr, to, shared);
+      },
+      exact(), more, width);
   cpu::isa().add_scaled(y, more, 1.f, int64_t(rows) * width);
 }
 

@@ -6,12 +6,15 @@
 namespace mlxlm::model::fused {
 namespace {
 
-float softplus(float x) { return x > 20.f ? x : std::log1p(std::exp(x)); }
+float softplus(float x) {
+  return x > 20.f ? x : std::log1p(std::exp(x));
+}
 
 }  // namespace
 
 /** Rows of a piece: what the convolution sees is the projection's own rows and, before the piece, the tail. */
-void Program::convolve(const FusedMamba& op, const float* tail, const float* projected, int64_t stride, int count, float* out, float* new_tail) const {
+void Program::convolve(const FusedMamba& op, const float* tail, const float* projected, int64_t stride, int count, float* out,
+                       float* new_tail) const {
   const int channels = op.channels(), taps = op.spec.conv;
   const auto input = [&](int l) { return l < 0 ? tail + int64_t(l + taps - 1) * channels : projected + l * stride; };
   constexpr int columns = 1024;
@@ -74,10 +77,14 @@ void Program::mamba(const FusedMamba& op, const FusedStep& step, const std::vect
     s.width = spec.state;
     scan_in_blocks(s);
   });
-  cpu::eager_map(op.out, rows, [&](int row, float* to) {
-    cpu::isa().silu_mul(projected + int64_t(row) * wide, scanned + int64_t(row) * inner, to, inner);
-    for (int g = 0; g < inner; g += spec.norm_group) cpu::isa().rms_norm(to + g, op.norm.data() + g, spec.norm_eps, spec.norm_group, to + g);
-  }, exact(), y, width);
+  cpu::eager_map(
+      op.out, rows,
+      [&](int row, float* to) {
+        cpu::isa().silu_mul(projected + int64_t(row) * wide, scanned + int64_t(row) * inner, to, inner);
+        for (int g = 0; g < inner; g += spec.norm_group)
+          cpu::isa().rms_norm(to + g, op.norm.data() + g, spec.norm_eps, spec.norm_group, to + g);
+      },
+      exact(), y, width);
 }
 
 /** Few tokens at a time, so that what all rows of the state read stays in the nearest cache. */

@@ -87,7 +87,8 @@ void Program::finish_qkv(const FusedAttention& op, const Sequence& s, const Piec
     cpu::isa().rope(qkv, op.heads + op.kv_heads, op.head_dim, cosines, sines, pairs, r.rope.traditional, r.rope.input_scale);
   }
   const auto& plan = s.layers[op.layer]->plan;
-  if (s.layers[op.layer]->quantized) return store_quantized(op, *s.layers[op.layer], plan.write_at + piece.first + l, qkv + q, qkv + q + kv);
+  if (s.layers[op.layer]->quantized)
+    return store_quantized(op, *s.layers[op.layer], plan.write_at + piece.first + l, qkv + q, qkv + q + kv);
   const auto storage = cpu::storage_of(plan.keys.dtype());
   const int64_t row_bytes = op.head_dim * static_cast<int64_t>(mx::size_of(plan.keys.dtype())), capacity = plan.keys.shape(2);
   for (int h = 0; h < op.kv_heads; ++h) {
@@ -100,9 +101,8 @@ void Program::finish_qkv(const FusedAttention& op, const Sequence& s, const Piec
 /** The first row of the first head; the others follow it. */
 static cpu::QuantizedSpan plane_span(const cache::QuantizedPlan& plan, int first) {
   const auto &packed = plan.planes[first], &scales = plan.planes[first + 1], &biases = plan.planes[first + 2];
-  return {packed.data<uint8_t>(),        scales.data<void>(), biases.data<void>(), cpu::storage_of(scales.dtype()),
-          int64_t(packed.shape(3)) * 4, scales.shape(3),     plan.bits,           plan.group_size,
-          scales.shape(3) * plan.group_size};
+  return {packed.data<uint8_t>(), scales.data<void>(), biases.data<void>(), cpu::storage_of(scales.dtype()),  int64_t(packed.shape(3)) * 4,
+          scales.shape(3),        plan.bits,           plan.group_size,     scales.shape(3) * plan.group_size};
 }
 
 /** A token's keys and values of all heads, quantized on the way. */
@@ -115,13 +115,14 @@ void Program::store_quantized(const FusedAttention& op, const Memory& memory, in
     for (int h = 0; h < op.kv_heads; ++h) {
       const int64_t at = h * capacity + row, scale_at = at * span.scale_stride * item;
       const auto in_plane = [&](const void* plane) { return const_cast<uint8_t*>(static_cast<const uint8_t*>(plane)) + scale_at; };
-      cpu::quantize_row(from + h * op.head_dim, op.head_dim, span.bits, span.group, span.storage, const_cast<uint8_t*>(span.packed) + at * span.packed_stride,
-                        in_plane(span.scales), in_plane(span.biases));
+      cpu::quantize_row(from + h * op.head_dim, op.head_dim, span.bits, span.group, span.storage,
+                        const_cast<uint8_t*>(span.packed) + at * span.packed_stride, in_plane(span.scales), in_plane(span.biases));
     }
   }
 }
 
-void Program::attention(const FusedAttention& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y) {
+void Program::attention(const FusedAttention& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk,
+                        float* y) {
   const int rows = chunk.tokens, q = op.heads * op.head_dim, wide = q + 2 * op.kv_heads * op.head_dim;
   float *qkv = qkv_.get(int64_t(rows) * wide), *mixed = mixed_.get(int64_t(rows) * q);
   cpu::eager_map(op.qkv, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), qkv, wide);
@@ -178,7 +179,8 @@ static_assert(cache::shared_block_rows % cpu::attention_block == 0);
 
 class FusedModel final : public CausalModel {
  public:
-  FusedModel(std::unique_ptr<CausalModel> graph, std::shared_ptr<Program> program) : graph_(std::move(graph)), program_(std::move(program)) {
+  FusedModel(std::unique_ptr<CausalModel> graph, std::shared_ptr<Program> program)
+      : graph_(std::move(graph)), program_(std::move(program)) {
     for (const auto& step : program_->steps) {
       for (const auto& op : step.ops) {
         if (const auto* a = std::get_if<FusedAttention>(&op)) attentions_.push_back(a);
@@ -230,7 +232,8 @@ class FusedModel final : public CausalModel {
 
   /** As the kernels read it: what a step made is that already, and must not wait for its evaluation. */
   static mx::array state_rows(const mx::array& a) {
-    const bool own = a.dtype() == mx::float32 && (a.is_available() ? a.flags().row_contiguous : a.has_primitive() && std::string_view(a.primitive().name()) == "Step");
+    const bool own = a.dtype() == mx::float32 &&
+                     (a.is_available() ? a.flags().row_contiguous : a.has_primitive() && std::string_view(a.primitive().name()) == "Step");
     return own ? a : mx::contiguous(mx::astype(a, mx::float32));
   }
 
@@ -286,7 +289,8 @@ class FusedModel final : public CausalModel {
       if (segment.caches == nullptr || segment.caches->empty()) continue;
       for (const auto* a : attentions_) {
         const auto* held = dynamic_cast<cache::AttentionCache*>((*segment.caches)[a->layer].get());
-        const bool planned = held != nullptr && (held->plans_writes() || (!a->latent && dynamic_cast<const cache::QuantizedKvCache*>(held) != nullptr));
+        const bool planned =
+            held != nullptr && (held->plans_writes() || (!a->latent && dynamic_cast<const cache::QuantizedKvCache*>(held) != nullptr));
         if (!planned) return false;
       }
     }

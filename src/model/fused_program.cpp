@@ -30,11 +30,16 @@ void Program::rotate_tables(const std::vector<Sequence>& sequences, const Chunk&
 }
 
 void Program::run_op(const FusedOp& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y) {
-  if (const auto* a = std::get_if<FusedAttention>(&op)) attention(*a, step, sequences, chunk, y);
-  else if (const auto* l = std::get_if<FusedLatent>(&op)) latent_attention(*l, step, sequences, chunk, y);
-  else if (const auto* e = std::get_if<FusedExperts>(&op)) experts(*e, step, chunk.tokens, y);
-  else if (const auto* m = std::get_if<FusedMamba>(&op)) mamba(*m, step, sequences, chunk, y);
-  else feed_forward(std::get<FusedFeedForward>(op), step, chunk.tokens, y);
+  if (const auto* a = std::get_if<FusedAttention>(&op))
+    attention(*a, step, sequences, chunk, y);
+  else if (const auto* l = std::get_if<FusedLatent>(&op))
+    latent_attention(*l, step, sequences, chunk, y);
+  else if (const auto* e = std::get_if<FusedExperts>(&op))
+    experts(*e, step, chunk.tokens, y);
+  else if (const auto* m = std::get_if<FusedMamba>(&op))
+    mamba(*m, step, sequences, chunk, y);
+  else
+    feed_forward(std::get<FusedFeedForward>(op), step, chunk.tokens, y);
 }
 
 void Program::run_chunk(const int* tokens, const std::vector<Sequence>& sequences, const Chunk& chunk, mx::array& logits, int& next_row) {
@@ -67,8 +72,10 @@ void Program::run_chunk(const int* tokens, const std::vector<Sequence>& sequence
 
 void act_row(arch::Act act, const float* gate, const float* up, float* out, int n) {
   switch (act) {
-    case arch::Act::silu: return cpu::isa().silu_mul(gate, up, out, n);
-    case arch::Act::gelu_tanh: return cpu::isa().gelu_tanh_mul(gate, up, out, n);
+    case arch::Act::silu:
+      return cpu::isa().silu_mul(gate, up, out, n);
+    case arch::Act::gelu_tanh:
+      return cpu::isa().gelu_tanh_mul(gate, up, out, n);
     case arch::Act::gelu:
       for (int i = 0; i < n; ++i) out[i] = 0.5f * gate[i] * (1.f + std::erf(gate[i] * 0.70710678f)) * (up == nullptr ? 1.f : up[i]);
       return;
@@ -85,10 +92,13 @@ void Program::feed_forward(const FusedFeedForward& op, const FusedStep& step, in
   const int wide = op.gated ? 2 * op.hidden : op.hidden;
   float* hidden = hidden_.get(int64_t(rows) * wide);
   cpu::eager_map(op.up, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), hidden, wide);
-  cpu::eager_map(op.down, rows, [&](int row, float* to) {
-    const float* from = hidden + int64_t(row) * wide;
-    act_row(op.act, from, op.gated ? from + op.hidden : nullptr, to, op.hidden);
-  }, exact(), y, width);
+  cpu::eager_map(
+      op.down, rows,
+      [&](int row, float* to) {
+        const float* from = hidden + int64_t(row) * wide;
+        act_row(op.act, from, op.gated ? from + op.hidden : nullptr, to, op.hidden);
+      },
+      exact(), y, width);
 }
 
 void Program::write_logits(const std::vector<Sequence>& sequences, const Chunk& chunk, mx::array& logits, int& next_row) {
@@ -105,7 +115,8 @@ void Program::write_logits(const std::vector<Sequence>& sequences, const Chunk& 
   for (std::size_t first = 0; first < rows.size(); first += rows_at_once) {
     const int count = static_cast<int>(std::min<std::size_t>(rows_at_once, rows.size() - first));
     float* out = logits_.get(int64_t(count) * vocab);
-    cpu::eager_map(head, count, [&](int row, float* to) { final_norm(x_ + int64_t(rows[first + row]) * width, width, to); }, exact(), out, vocab);
+    cpu::eager_map(
+        head, count, [&](int row, float* to) { final_norm(x_ + int64_t(rows[first + row]) * width, width, to); }, exact(), out, vocab);
     constexpr int columns = 8192;
     const int blocks = (vocab + columns - 1) / columns;
     cpu::in_parallel(count * blocks, [&](int task) {

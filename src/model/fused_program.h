@@ -1,4 +1,5 @@
-// What the fused executor runs: a description's ops with their packed weights, and the step over rows of floats. Part of model/fused_*.cpp only.
+// What the fused executor runs: a description's ops with their packed weights, and the step over rows of floats. Part of model/fused_*.cpp
+// only.
 #pragma once
 
 #include <algorithm>
@@ -86,12 +87,12 @@ struct Rotary {
 /** Where a sequence's keys and values of one layer lie during a step. */
 struct Memory {
   cache::WritePlan plan;
-  int window = 0;  // of a rotating cache, for several tokens at once
+  int window = 0;                                   // of a rotating cache, for several tokens at once
   std::optional<cache::QuantizedPlan> quantized{};  // then `plan` says where rows go, and nothing of the memory
 };
 
-/** Where a recurrent layer's state comes from and goes to: positions of the convolution's tail in the step's inputs (-1 = none yet) and outputs; the
- *  state itself comes next. */
+/** Where a recurrent layer's state comes from and goes to: positions of the convolution's tail in the step's inputs (-1 = none yet) and
+ * outputs; the state itself comes next. */
 struct Recurrent {
   int in = -1, out = -1;
 };
@@ -137,7 +138,8 @@ class Program {
   void attend_in_latent(const FusedLatent& op, const std::vector<Sequence>& sequences, const Chunk& chunk, const float* q);
   void experts(const FusedExperts& op, const FusedStep& step, int rows, float* y);
   void mamba(const FusedMamba& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
-  void convolve(const FusedMamba& op, const float* tail, const float* projected, int64_t stride, int count, float* out, float* new_tail) const;
+  void convolve(const FusedMamba& op, const float* tail, const float* projected, int64_t stride, int count, float* out,
+                float* new_tail) const;
   static void scan_in_blocks(cpu::ScanHead s);
   void run_op(const FusedOp& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
   void feed_forward(const FusedFeedForward& op, const FusedStep& step, int rows, float* y);

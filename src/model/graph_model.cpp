@@ -44,7 +44,8 @@ std::set<std::string> quantized_inputs(const arch::Model& m, const Store& store,
 
 class GraphModel final : public CausalModel {
  public:
-  GraphModel(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant, const BuildOptions& options)
+  GraphModel(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant,
+             const BuildOptions& options)
       : description_(std::move(description)) {
     Store store(std::move(tensors), quant, options.adapters);
     if (options.quantize_activations) store.quantized_inputs = quantized_inputs(description_, store, quant);
@@ -160,7 +161,8 @@ void check_segments(const mx::array& tokens, const std::vector<Segment>& segment
     }
     total += s.tokens;
   }
-  if (tokens.ndim() != 1 || tokens.shape(0) != total || total == 0) throw Error(Code::internal, "run", "the segments do not cover the tokens");
+  if (tokens.ndim() != 1 || tokens.shape(0) != total || total == 0)
+    throw Error(Code::internal, "run", "the segments do not cover the tokens");
 }
 
 mx::array CausalModel::forward(const mx::array& tokens, cache::Caches& caches, Rows rows) {

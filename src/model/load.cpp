@@ -28,8 +28,7 @@ void refuse_foreign_quantization(const json& config, const std::string& where) {
   throw Error(Code::unsupported, where, "quantization_config.quant_method: got '" + name + "', which is not supported yet");
 }
 
-Loaded build(json config, weights::Tensors tensors, const fs::path& path, const std::string& where,
-             const LoadOptions& options) {
+Loaded build(json config, weights::Tensors tensors, const fs::path& path, const std::string& where, const LoadOptions& options) {
   refuse_foreign_quantization(config, where);
   const arch::Config reader(config, where);
   auto description = arch::build(reader);
@@ -54,7 +53,8 @@ json load_config(const fs::path& folder) {
   if (const auto generation = folder / "generation_config.json"; fs::exists(generation)) {
     try {
       const json extra = read_json_file(generation);
-      if (extra.is_object() && extra.contains("eos_token_id") && truthy(extra["eos_token_id"])) config["eos_token_id"] = extra["eos_token_id"];
+      if (extra.is_object() && extra.contains("eos_token_id") && truthy(extra["eos_token_id"]))
+        config["eos_token_id"] = extra["eos_token_id"];
     } catch (const Error&) {
       // As in the reference: a generation config that does not parse is as if it were absent.
     }

@@ -31,12 +31,14 @@ class Mamba2Block final : public Mixer {
     if (cache != nullptr && held == nullptr) throw Error(Code::internal, "mamba", "got the cache of another kind of layer");
     const auto gate = columns(projected, 0, inner);
     const auto dt = columns(projected, 2 * inner + 2 * wide, 2 * inner + 2 * wide + op_.heads);
-    const auto convolved = nn::short_conv(columns(projected, inner, 2 * inner + 2 * wide), held ? held->slot(0) : std::nullopt, conv_, conv_bias_);
+    const auto convolved =
+        nn::short_conv(columns(projected, inner, 2 * inner + 2 * wide), held ? held->slot(0) : std::nullopt, conv_, conv_bias_);
     const auto mixed = nn::activate(convolved[0], arch::Act::silu);
-    const auto scanned = nn::ssm_scan(mx::reshape(columns(mixed, 0, inner), {batch, length, op_.heads, op_.head_dim}), a_log_,
-                                      mx::reshape(columns(mixed, inner, inner + wide), {batch, length, op_.groups, op_.state}),
-                                      mx::reshape(columns(mixed, inner + wide, inner + 2 * wide), {batch, length, op_.groups, op_.state}),
-                                      mx::astype(d_, projected.dtype()), dt, dt_bias_, held ? held->slot(1) : std::nullopt, op_.dt_min, op_.dt_max);
+    const auto scanned =
+        nn::ssm_scan(mx::reshape(columns(mixed, 0, inner), {batch, length, op_.heads, op_.head_dim}), a_log_,
+                     mx::reshape(columns(mixed, inner, inner + wide), {batch, length, op_.groups, op_.state}),
+                     mx::reshape(columns(mixed, inner + wide, inner + 2 * wide), {batch, length, op_.groups, op_.state}),
+                     mx::astype(d_, projected.dtype()), dt, dt_bias_, held ? held->slot(1) : std::nullopt, op_.dt_min, op_.dt_max);
     if (held != nullptr) {
       held->set_slot(0, mx::contiguous(convolved[1]));
       held->set_slot(1, scanned[1]);

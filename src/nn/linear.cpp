@@ -48,7 +48,9 @@ mx::array rounded(const mx::array& x, const plan::Quant& quant) {
   return mx::reshape(y, x.shape());
 }
 
-mx::array rows_of(const mx::array& x) { return mx::reshape(x, {-1, x.shape(-1)}); }
+mx::array rows_of(const mx::array& x) {
+  return mx::reshape(x, {-1, x.shape(-1)});
+}
 
 mx::array apply_part(const mx::array& x, const Linear::Weights& w) {
   auto y = w.quant ? mx::quantized_matmul(x, w.weight, *w.scales, w.biases, true, w.quant->group_size, w.quant->bits, w.quant->mode)
@@ -94,7 +96,8 @@ void Linear::adapt(Weights part) {
   const auto bias = std::exchange(part.bias, std::nullopt);
   adapter_scale_ = adapter.scale;
   if (adapter.m) {
-    const auto delta = mx::matmul(mx::multiply(mx::transpose(adapter.b), mx::array(adapter.scale, adapter.b.dtype())), mx::transpose(adapter.a));
+    const auto delta =
+        mx::matmul(mx::multiply(mx::transpose(adapter.b), mx::array(adapter.scale, adapter.b.dtype())), mx::transpose(adapter.a));
     const auto sum = mx::astype(mx::add(dequantized(part), delta), mx::float32);
     stretch_ = mx::divide(*adapter.m, mx::sqrt(mx::sum(mx::square(sum), 1)));
     mx::eval(*stretch_);

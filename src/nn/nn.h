@@ -47,15 +47,15 @@ class Linear {
   int64_t bytes() const;
   int out_dims() const { return out_dims_; }
   int in_dims() const { return in_dims_; }
-  /** The packed matrices one below the other, for executors that run without arrays; no parts unless on the CPU, without adapters and with inputs as they
-   *  come. */
+  /** The packed matrices one below the other, for executors that run without arrays; no parts unless on the CPU, without adapters and with
+   * inputs as they come. */
   kernels::cpu::EagerMap eager() const;
 
  private:
   void adapt(Weights part);
   mx::array adapted(const mx::array& x) const;
 
-  std::vector<Weights> parts_;                 // on the GPU
+  std::vector<Weights> parts_;                  // on the GPU
   std::vector<std::shared_ptr<Linear>> split_;  // on the CPU, parts that cannot be one matrix
   kernels::cpu::PackedMatrixPtr packed_;
   std::optional<mx::array> bias_;
@@ -80,8 +80,7 @@ class HeadMaps {
   mutable std::optional<mx::array> weight_{};  // made at the first use: the fused executor has its own form
 };
 
-mx::array norm(const mx::array& x, const arch::Norm& spec, const std::optional<mx::array>& weight,
-               const std::optional<mx::array>& bias);
+mx::array norm(const mx::array& x, const arch::Norm& spec, const std::optional<mx::array>& weight, const std::optional<mx::array>& bias);
 mx::array activate(const mx::array& x, arch::Act act);
 /** gate_up [..., 2H] -> [..., H]. */
 mx::array glu(const mx::array& gate_up, arch::Act act);
@@ -92,7 +91,8 @@ mx::array rope_heads(const mx::array& x, const arch::Rope* rope, const std::shar
 /** q [B,H,L,E], k [B,K,S,E], v [B,K,S,F] -> [B,L,H*F]. Causal, aligned at the end. window 0 = unlimited. */
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale, int window, float softcap);
 
-/** Chosen experts and their weights: logits [T, X] -> {indices [T, k], weights [T, k] f32}. Reference: mlx_lm/models/deepseek_v3.py group_expert_select, qwen3_moe.py */
+/** Chosen experts and their weights: logits [T, X] -> {indices [T, k], weights [T, k] f32}. Reference: mlx_lm/models/deepseek_v3.py
+ * group_expert_select, qwen3_moe.py */
 std::vector<mx::array> route(const mx::array& logits, const arch::Moe& spec, const std::optional<mx::array>& correction_bias);
 
 /** Causal depthwise convolution: x [B,L,C], tail [B,conv-1,C] or none, weight [C,conv,1] -> {y [B,L,C] (before activation), new tail}. */
@@ -102,8 +102,8 @@ std::vector<mx::array> short_conv(const mx::array& x, const std::optional<mx::ar
 /** Calls of up to so many tokens give each token what it gets alone, bit for bit, also where longer ones take a faster form. */
 constexpr int stepwise_tokens = 16;
 
-/** Mamba-2 scan. x [B,L,H,P], A_log [H], B, C [B,L,G,N], D [H], dt [B,L,H], dt_bias [H], state [B,H,P,N] or none -> {y [B,L,H,P], new state}.
- *  Reference: mlx_lm/models/ssm.py */
+/** Mamba-2 scan. x [B,L,H,P], A_log [H], B, C [B,L,G,N], D [H], dt [B,L,H], dt_bias [H], state [B,H,P,N] or none -> {y [B,L,H,P], new
+ * state}. Reference: mlx_lm/models/ssm.py */
 std::vector<mx::array> ssm_scan(const mx::array& x, const mx::array& a_log, const mx::array& b, const mx::array& c, const mx::array& d,
                                 const mx::array& dt, const mx::array& dt_bias, const std::optional<mx::array>& state, float dt_min,
                                 float dt_max);

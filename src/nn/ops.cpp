@@ -16,15 +16,21 @@ namespace cpu = kernels::cpu;
 
 cpu::GluAct cpu_act(arch::Act act) {
   switch (act) {
-    case arch::Act::silu: return cpu::GluAct::silu;
-    case arch::Act::gelu: return cpu::GluAct::gelu;
-    case arch::Act::gelu_tanh: return cpu::GluAct::gelu_tanh;
-    case arch::Act::relu2: return cpu::GluAct::relu2;
+    case arch::Act::silu:
+      return cpu::GluAct::silu;
+    case arch::Act::gelu:
+      return cpu::GluAct::gelu;
+    case arch::Act::gelu_tanh:
+      return cpu::GluAct::gelu_tanh;
+    case arch::Act::relu2:
+      return cpu::GluAct::relu2;
   }
   throw Error(Code::internal, "activation", "unknown");
 }
 
-mx::array number(float value, const mx::array& like) { return mx::array(value, like.dtype()); }
+mx::array number(float value, const mx::array& like) {
+  return mx::array(value, like.dtype());
+}
 
 /** True where query l (aligned at the end) sees key s. */
 mx::array visible(int length, int keys, int window) {
@@ -60,10 +66,13 @@ mx::array norm(const mx::array& x, const arch::Norm& spec, const std::optional<m
 mx::array activate(const mx::array& x, arch::Act act) {
   if (cpu::active()) return cpu::activate(x, cpu_act(act));
   switch (act) {
-    case arch::Act::silu: return mx::multiply(x, mx::sigmoid(x));
-    case arch::Act::relu2: return mx::square(mx::maximum(x, number(0.f, x)));
+    case arch::Act::silu:
+      return mx::multiply(x, mx::sigmoid(x));
+    case arch::Act::relu2:
+      return mx::square(mx::maximum(x, number(0.f, x)));
     case arch::Act::gelu:
-      return mx::multiply(mx::multiply(x, number(0.5f, x)), mx::add(number(1.f, x), mx::erf(mx::multiply(x, number(std::numbers::sqrt2_v<float> / 2, x)))));
+      return mx::multiply(mx::multiply(x, number(0.5f, x)),
+                          mx::add(number(1.f, x), mx::erf(mx::multiply(x, number(std::numbers::sqrt2_v<float> / 2, x)))));
     case arch::Act::gelu_tanh: {
       const auto cubic = mx::multiply(number(0.044715f, x), mx::multiply(x, mx::square(x)));
       const auto z = mx::multiply(number(std::sqrt(2.f / std::numbers::pi_v<float>), x), mx::add(x, cubic));

@@ -6,7 +6,9 @@
 namespace mlxlm::nn {
 namespace {
 
-mx::array softplus(const mx::array& x) { return mx::logaddexp(x, mx::array(0.f, x.dtype())); }
+mx::array softplus(const mx::array& x) {
+  return mx::logaddexp(x, mx::array(0.f, x.dtype()));
+}
 
 /** sum of x over (j, i] for each pair i >= j: [.., L] -> [.., L, L]. */
 mx::array segment_sums(const mx::array& x) {
@@ -22,15 +24,15 @@ struct Chunk {
 mx::array scan_chunk(const Chunk& chunk, int heads, std::optional<mx::array>& state) {
   const int batch = chunk.dtx.shape(0), steps = chunk.dtx.shape(1), groups = chunk.b.shape(2), width = chunk.b.shape(3);
   const int repeats = heads / groups;
-  const auto bt = mx::transpose(chunk.b, {0, 2, 3, 1});                                              // [B,G,N,s]
-  const auto cb = mx::repeat(mx::matmul(mx::swapaxes(chunk.c, 1, 2), bt), repeats, 1);               // [B,H,s,s]
-  const auto decay = mx::exp(segment_sums(mx::swapaxes(chunk.dt_a, 1, 2)));                          // [B,H,s,s]
+  const auto bt = mx::transpose(chunk.b, {0, 2, 3, 1});                                 // [B,G,N,s]
+  const auto cb = mx::repeat(mx::matmul(mx::swapaxes(chunk.c, 1, 2), bt), repeats, 1);  // [B,H,s,s]
+  const auto decay = mx::exp(segment_sums(mx::swapaxes(chunk.dt_a, 1, 2)));             // [B,H,s,s]
   auto y = mx::swapaxes(mx::matmul(mx::tril(mx::multiply(cb, decay), 0), mx::swapaxes(chunk.dtx, 1, 2)), 1, 2);
   const auto last = mx::transpose(mx::slice(decay, {0, 0, steps - 1, 0}, {batch, heads, steps, steps}), {0, 3, 1, 2});
-  const auto decayed = mx::swapaxes(mx::swapaxes(mx::multiply(chunk.dtx, last), 1, 2), 2, 3);        // [B,H,P,s]
-  auto next = mx::matmul(decayed, mx::swapaxes(mx::repeat(bt, repeats, 1), 2, 3));                   // [B,H,P,N]
+  const auto decayed = mx::swapaxes(mx::swapaxes(mx::multiply(chunk.dtx, last), 1, 2), 2, 3);  // [B,H,P,s]
+  auto next = mx::matmul(decayed, mx::swapaxes(mx::repeat(bt, repeats, 1), 2, 3));             // [B,H,P,N]
   if (state) {
-    const auto grown = mx::exp(mx::cumsum(chunk.dt_a, 1));                                           // [B,s,H]
+    const auto grown = mx::exp(mx::cumsum(chunk.dt_a, 1));  // [B,s,H]
     const auto end = mx::reshape(mx::slice(grown, {0, steps - 1, 0}, {batch, steps, heads}), {batch, heads, 1, 1});
     next = mx::add(next, mx::multiply(end, *state));
     const auto c = mx::reshape(chunk.c, {batch, steps, groups, 1, width, 1});
@@ -55,7 +57,8 @@ std::vector<mx::array> short_conv(const mx::array& x, const std::optional<mx::ar
   const int batch = x.shape(0), length = x.shape(1), channels = x.shape(2), taps = weight.shape(1);
   const auto before = tail ? *tail : mx::zeros({batch, taps - 1, channels}, x.dtype());
   const auto padded = mx::concatenate({before, x}, 1);
-  auto y = mx::multiply(mx::slice(padded, {0, 0, 0}, {batch, length, channels}), mx::reshape(mx::slice(weight, {0, 0, 0}, {channels, 1, 1}), {channels}));
+  auto y = mx::multiply(mx::slice(padded, {0, 0, 0}, {batch, length, channels}),
+                        mx::reshape(mx::slice(weight, {0, 0, 0}, {channels, 1, 1}), {channels}));
   for (int t = 1; t < taps; ++t) {
     const auto tap = mx::reshape(mx::slice(weight, {0, t, 0}, {channels, t + 1, 1}), {channels});
     y = mx::add(y, mx::multiply(mx::slice(padded, {0, t, 0}, {batch, t + length, channels}), tap));
@@ -78,7 +81,8 @@ std::vector<mx::array> ssm_scan(const mx::array& x, const mx::array& a_log, cons
   std::vector<mx::array> ys;
   for (int from = 0; from < length; from += chunk_tokens) {
     const int to = std::min(length, from + chunk_tokens);
-    ys.push_back(mx::astype(scan_chunk({part(dtx, from, to), part(dt_a, from, to), part(b, from, to), part(c, from, to)}, heads, held), x.dtype()));
+    ys.push_back(
+        mx::astype(scan_chunk({part(dtx, from, to), part(dt_a, from, to), part(b, from, to), part(c, from, to)}, heads, held), x.dtype()));
   }
   auto y = ys.size() == 1 ? ys[0] : mx::concatenate(ys, 1);
   y = mx::add(y, mx::multiply(x, mx::reshape(d, {1, 1, heads, 1})));

@@ -17,8 +17,8 @@ enum class Role { matrix, stacked, embedding, vector, other };
 
 /** One parameter in its unquantized form. Linear weights are [out, in], stacked experts [X, out, in]. */
 struct Tensor {
-  std::string path;        // module path: "model.layers.0.self_attn.q_proj"; the tensor is path + "." + leaf
-  std::string leaf;        // "weight", "bias", "A_log", ...; "" = the path itself is the tensor's name
+  std::string path;  // module path: "model.layers.0.self_attn.q_proj"; the tensor is path + "." + leaf
+  std::string leaf;  // "weight", "bias", "A_log", ...; "" = the path itself is the tensor's name
   std::vector<int> shape;
   Role role = Role::other;
   std::string name() const { return leaf.empty() ? path : path + "." + leaf; }
@@ -50,7 +50,7 @@ struct Quant {
 /** config["quantization"] of MLX checkpoints: global values and overrides by module path.
  *  Reference: mlx_lm/utils.py load_model, infer_quant_config */
 struct QuantConfig {
-  std::optional<Quant> global{};                         // absent = not quantized
+  std::optional<Quant> global{};                          // absent = not quantized
   std::map<std::string, std::optional<Quant>> by_path{};  // nullopt = this module is not quantized (False)
 };
 
@@ -61,8 +61,8 @@ QuantConfig parse_quantization(const json& config);
 Quant mode_default(const std::string& mode);
 
 struct Summary {
-  int64_t parameters = 0;          // as trained
-  int64_t active_parameters = 0;   // used for one token: chosen experts only
+  int64_t parameters = 0;         // as trained
+  int64_t active_parameters = 0;  // used for one token: chosen experts only
   int64_t cache_values_per_token = 0;
   int64_t cache_values_fixed = 0;
 };

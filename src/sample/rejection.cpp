@@ -46,7 +46,8 @@ mx::array Sampler::draw(const mx::array& weights) {
 
 Verdict Sampler::judge(const mx::array& logprobs, const std::vector<int>& draft, const std::optional<mx::array>& draft_probabilities) {
   const int count = static_cast<int>(draft.size());
-  if (logprobs.ndim() != 2 || logprobs.shape(0) != count + 1 || (draft_probabilities && count > 0 && draft_probabilities->shape(0) != count)) {
+  if (logprobs.ndim() != 2 || logprobs.shape(0) != count + 1 ||
+      (draft_probabilities && count > 0 && draft_probabilities->shape(0) != count)) {
     throw Error(Code::internal, "judge", "the rows do not fit the draft");
   }
   if (greedy()) return judge_greedily(logprobs, draft);

@@ -33,7 +33,8 @@ struct Verdict {
   int accepted = 0, token = 0;
 };
 
-/** logits [B, V] -> float32 [B, V]. In float32 whatever the logits are: the reference normalizes in their dtype, and float16 rounds what it samples from. */
+/** logits [B, V] -> float32 [B, V]. In float32 whatever the logits are: the reference normalizes in their dtype, and float16 rounds what it
+ * samples from. */
 mx::array log_probabilities(const mx::array& logits);
 /** [B, V] -> int32 [B]. */
 mx::array likeliest(const mx::array& logits);
@@ -53,7 +54,8 @@ class Sampler {
   /** Judges `draft`, k tokens, by the model's logprobs [k+1, V] after each of its prefixes, so that what comes out has the distribution of
    *  operator(). draft_probabilities [k, V]: what each was drawn from (as probabilities() gives it); none = they were not drawn at all.
    *  Reference: Leviathan, Kalman, Matias 2023, "Fast inference from transformers via speculative decoding" (mlx_lm demands equality). */
-  Verdict judge(const mx::array& logprobs, const std::vector<int>& draft, const std::optional<mx::array>& draft_probabilities = std::nullopt);
+  Verdict judge(const mx::array& logprobs, const std::vector<int>& draft,
+                const std::optional<mx::array>& draft_probabilities = std::nullopt);
   bool greedy() const { return options_.temperature == 0.f; }
 
  private:

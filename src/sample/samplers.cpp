@@ -158,8 +158,9 @@ mx::array likeliest(const mx::array& logits) {
 mx::array Sampler::operator()(const mx::array& logprobs) {
   if (greedy()) return likeliest(logprobs);
   if (has_kernel(logprobs)) {
-    return kernels::cpu::draw(logprobs, next_key(),
-                              {.temperature = options_.temperature, .top_p = options_.top_p, .min_p = options_.min_p, .top_k = options_.top_k});
+    return kernels::cpu::draw(
+        logprobs, next_key(),
+        {.temperature = options_.temperature, .top_p = options_.top_p, .min_p = options_.min_p, .top_k = options_.top_k});
   }
   const auto scores = filtered(logprobs);
   return mx::astype(mx::random::categorical(scores, -1, next_key()), mx::int32);

@@ -170,8 +170,16 @@ Merges score_merges(const json& metadata, const Vocabulary& vocabulary) {
 }
 
 json bpe_options() {
-  return {{"type", "BPE"},      {"dropout", nullptr},      {"unk_token", nullptr},     {"continuing_subword_prefix", nullptr}, {"end_of_word_suffix", nullptr},
-          {"fuse_unk", false}, {"byte_fallback", false}, {"ignore_merges", false}, {"vocab", json::object()},              {"merges", json::array()}};
+  return {{"type", "BPE"},
+          {"dropout", nullptr},
+          {"unk_token", nullptr},
+          {"continuing_subword_prefix", nullptr},
+          {"end_of_word_suffix", nullptr},
+          {"fuse_unk", false},
+          {"byte_fallback", false},
+          {"ignore_merges", false},
+          {"vocab", json::object()},
+          {"merges", json::array()}};
 }
 
 BytePairs byte_pairs(const json& tokenizer, const Vocabulary& vocabulary, Merges merges) {
@@ -250,11 +258,13 @@ GgufTokenizer tokenizer_from_gguf(const json& metadata) {
   const Vocabulary vocabulary = read_vocabulary(metadata);
   if (kind == "llama") {
     const bool space_prefix = flag_of(metadata, "tokenizer.ggml.add_space_prefix", true);
-    return {byte_pairs(spm_tokenizer(vocabulary, space_prefix), vocabulary, score_merges(metadata, vocabulary)), config_of(metadata, vocabulary, true)};
+    return {byte_pairs(spm_tokenizer(vocabulary, space_prefix), vocabulary, score_merges(metadata, vocabulary)),
+            config_of(metadata, vocabulary, true)};
   }
   const json* name = find(metadata, "tokenizer.ggml.pre");
   const PreTokenizer& pre = find_pre_tokenizer(name && name->is_string() ? name->get<std::string>() : "default");
-  return {byte_pairs(gpt2_tokenizer(vocabulary, pre), vocabulary, bpe_merges(metadata, vocabulary)), config_of(metadata, vocabulary, pre.add_bos)};
+  return {byte_pairs(gpt2_tokenizer(vocabulary, pre), vocabulary, bpe_merges(metadata, vocabulary)),
+          config_of(metadata, vocabulary, pre.add_bos)};
 }
 
 }  // namespace mlxlm::text

@@ -37,7 +37,8 @@ HfTokenizer::HfTokenizer(const BytePairs& model, std::string_view where) {
   MlxlmTokenizer* raw = nullptr;
   MlxlmString error{};
   check(mlxlm_tokenizer_new_bpe(model.tokenizer_json.data(), model.tokenizer_json.size(), model.token_text.data(), model.token_ends.data(),
-                                model.token_ends.size(), reinterpret_cast<const uint32_t*>(model.merges.data()), model.merges.size(), &raw, &error),
+                                model.token_ends.size(), reinterpret_cast<const uint32_t*>(model.merges.data()), model.merges.size(), &raw,
+                                &error),
         error, Code::bad_config, where);
   handle_ = std::shared_ptr<MlxlmTokenizer>(raw, mlxlm_tokenizer_free);
 }

@@ -22,9 +22,9 @@ struct VocabularyEntry {
 
 /** A byte-pair tokenizer whose vocabulary has not been written as JSON. */
 struct BytePairs {
-  std::string tokenizer_json{};         // with an empty "vocab" and empty "merges"
-  std::string token_text{};             // all tokens, one after another
-  std::vector<uint64_t> token_ends{};   // [vocabulary]
+  std::string tokenizer_json{};                   // with an empty "vocab" and empty "merges"
+  std::string token_text{};                       // all tokens, one after another
+  std::vector<uint64_t> token_ends{};             // [vocabulary]
   std::vector<std::array<uint32_t, 2>> merges{};  // ids of the two parts, best pair first
 };
 

@@ -75,7 +75,8 @@ mx::array take(Tensors& given, const std::string& name, const mx::Shape& wanted,
   given.erase(it);
   bool fits = value.ndim() == wanted.size() && mx::issubdtype(value.dtype(), mx::floating);
   for (std::size_t i = 0; fits && i < wanted.size(); ++i) fits = wanted[i] < 0 || value.shape(static_cast<int>(i)) == wanted[i];
-  if (!fits) throw Error(Code::bad_weights, where + ": " + name, "shape " + shown(value.shape()) + ", wanted " + shown(wanted) + " (-1 = the rank)");
+  if (!fits)
+    throw Error(Code::bad_weights, where + ": " + name, "shape " + shown(value.shape()) + ", wanted " + shown(wanted) + " (-1 = the rank)");
   return value;
 }
 
@@ -105,9 +106,11 @@ LowRanks apply_adapter(const fs::path& folder, Tensors& tensors, const arch::Mod
       std::vector<std::string> known;
       for (const auto& [known_path, tensor] : modules) known.push_back(known_path);
       const auto near = nearest_names(path, known);
-      throw Error(Code::bad_weights, where + ": " + name, "not an adapter of this model" + (near.empty() ? "" : "; nearest modules: " + join(near)));
+      throw Error(Code::bad_weights, where + ": " + name,
+                  "not an adapter of this model" + (near.empty() ? "" : "; nearest modules: " + join(near)));
     }
-    if (module->second.role != plan::Role::matrix) throw Error(Code::unsupported, where + ": " + name, "adapters of experts and embeddings");
+    if (module->second.role != plan::Role::matrix)
+      throw Error(Code::unsupported, where + ": " + name, "adapters of experts and embeddings");
     const auto& shape = module->second.shape;
     auto a = take(given, path + ".lora_a", {shape[1], -1}, where);
     auto b = take(given, path + ".lora_b", {a.shape(1), shape[0]}, where);

@@ -9,10 +9,11 @@
 
 namespace mlxlm::weights {
 
-/** What a low-rank adapter adds to the linear map of its module: y + scale * (x a) b, and for DoRA each output times m / |row of the new weight|. */
+/** What a low-rank adapter adds to the linear map of its module: y + scale * (x a) b, and for DoRA each output times m / |row of the new
+ * weight|. */
 struct LowRank {
-  mx::array a, b;                   // [in, r], [r, out]
-  std::optional<mx::array> m{};     // [out], DoRA only
+  mx::array a, b;                // [in, r], [r, out]
+  std::optional<mx::array> m{};  // [out], DoRA only
   float scale = 1.f;
 };
 using LowRanks = std::map<std::string, LowRank>;  // by module path

@@ -65,7 +65,8 @@ class Checker {
       throw Error(Code::bad_weights, where_, "missing " + listed(missing_) + nearest(*missing_.begin(), left_, "there"));
     }
     if (!left_.empty()) {
-      throw Error(Code::bad_weights, where_, "got tensors that the model does not have: " + listed(left_) + nearest(*left_.begin(), known_, "known"));
+      throw Error(Code::bad_weights, where_,
+                  "got tensors that the model does not have: " + listed(left_) + nearest(*left_.begin(), known_, "known"));
     }
     return std::move(quant_);
   }
@@ -77,7 +78,9 @@ class Checker {
     const bool real = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
     const bool fits = kind == Kind::real ? real : dtype == (kind == Kind::codes ? mx::uint32 : mx::uint8);
     if (fits) return;
-    const char* wanted = kind == Kind::real ? "float32, float16 or bfloat16" : kind == Kind::codes ? "uint32 (packed codes)" : "uint8 (scales)";
+    const char* wanted = kind == Kind::real    ? "float32, float16 or bfloat16"
+                         : kind == Kind::codes ? "uint32 (packed codes)"
+                                               : "uint8 (scales)";
     std::ostringstream got;
     got << dtype;
     throw Error(Code::bad_weights, where_ + ": " + name, "dtype " + got.str() + ", wanted " + wanted);
@@ -111,10 +114,14 @@ std::optional<plan::Quant> from_shapes(int in_dims, const mx::array& weight, con
   q.group_size = in_dims / scales.shape(-1);
   q.bits = static_cast<int>(int64_t(weight.shape(-1)) * 32 / in_dims);
   if (scales.dtype() == mx::uint8) {
-    if (q.bits == 4 && q.group_size == 16) q.mode = "nvfp4";
-    else if (q.bits == 4 && q.group_size == 32) q.mode = "mxfp4";
-    else if (q.bits == 8 && q.group_size == 32) q.mode = "mxfp8";
-    else return std::nullopt;
+    if (q.bits == 4 && q.group_size == 16)
+      q.mode = "nvfp4";
+    else if (q.bits == 4 && q.group_size == 32)
+      q.mode = "mxfp4";
+    else if (q.bits == 8 && q.group_size == 32)
+      q.mode = "mxfp8";
+    else
+      return std::nullopt;
     return q;
   }
   const bool bits = q.bits >= 2 && q.bits <= 8 && q.bits != 7;
@@ -129,7 +136,8 @@ std::optional<plan::Quant> quant_of(const std::string& path, int in_dims, const 
   if (named != config.by_path.end() && !named->second) return std::nullopt;
   const auto weight = tensors.find(path + ".weight"), scales = tensors.find(path + ".scales");
   if (weight == tensors.end() || scales == tensors.end()) return std::nullopt;
-  if (!config.global) throw Error(Code::bad_weights, path + ".scales", "got a quantized tensor, but config.json says nothing of quantization");
+  if (!config.global)
+    throw Error(Code::bad_weights, path + ".scales", "got a quantized tensor, but config.json says nothing of quantization");
   if (named != config.by_path.end()) return named->second;
   if (const auto inferred = from_shapes(in_dims, weight->second, scales->second)) return inferred;
   return config.global;

@@ -20,8 +20,8 @@ namespace {
 
 struct Family {
   const char* model_type;
-  bool permuted_qk;     // llama.cpp stores q and k rows for interleaved rotation
-  bool norm_plus_one;   // stored norms are w + 1
+  bool permuted_qk;    // llama.cpp stores q and k rows for interleaved rotation
+  bool norm_plus_one;  // stored norms are w + 1
 };
 
 const std::map<std::string, Family> families = {{"llama", {"llama", true, false}},
@@ -31,10 +31,10 @@ const std::map<std::string, Family> families = {{"llama", {"llama", true, false}
 
 const std::map<std::string, std::string>& layer_names(const std::string& architecture) {
   static const std::map<std::string, std::string> usual = {
-      {"attn_q", "self_attn.q_proj"},          {"attn_k", "self_attn.k_proj"}, {"attn_v", "self_attn.v_proj"},
-      {"attn_output", "self_attn.o_proj"},     {"ffn_gate", "mlp.gate_proj"},  {"ffn_up", "mlp.up_proj"},
-      {"ffn_down", "mlp.down_proj"},           {"attn_norm", "input_layernorm"}, {"ffn_norm", "post_attention_layernorm"},
-      {"attn_q_norm", "self_attn.q_norm"},     {"attn_k_norm", "self_attn.k_norm"}};
+      {"attn_q", "self_attn.q_proj"},      {"attn_k", "self_attn.k_proj"},     {"attn_v", "self_attn.v_proj"},
+      {"attn_output", "self_attn.o_proj"}, {"ffn_gate", "mlp.gate_proj"},      {"ffn_up", "mlp.up_proj"},
+      {"ffn_down", "mlp.down_proj"},       {"attn_norm", "input_layernorm"},   {"ffn_norm", "post_attention_layernorm"},
+      {"attn_q_norm", "self_attn.q_norm"}, {"attn_k_norm", "self_attn.k_norm"}};
   static const std::map<std::string, std::string> sandwich = [] {
     std::map<std::string, std::string> names = usual;
     names["post_attention_norm"] = "post_attention_layernorm";
@@ -91,12 +91,14 @@ void convert_codes(GgufType type, const uint8_t* block, uint8_t* codes) {
   }
 }
 
-int64_t block_bytes_of(GgufType type) { return type == GgufType::q8_0 ? 34 : type == GgufType::q4_1 ? 20 : 18; }
+int64_t block_bytes_of(GgufType type) {
+  return type == GgufType::q8_0 ? 34 : type == GgufType::q4_1 ? 20 : 18;
+}
 
 /** Does the bias of a block, -8 or -128 times its finite scale, leave the range of float16? */
 bool bias_overflows(const GgufTensor& t) {
   const auto type = static_cast<GgufType>(t.type);
-  if (type == GgufType::q4_1) return false;  // the file holds it
+  if (type == GgufType::q4_1) return false;                                                // the file holds it
   const uint16_t too_large = type == GgufType::q8_0 ? 0x6000 : 0x7000, infinite = 0x7c00;  // float16 of 512, 8192
   const int64_t block_bytes = block_bytes_of(type);
   for (const uint8_t* block = t.data; block < t.data + t.bytes; block += block_bytes) {
@@ -110,12 +112,14 @@ bool bias_overflows(const GgufTensor& t) {
 
 void put(uint8_t* out, int64_t index, float value, bool as_float) {
   const uint16_t half = as_float ? 0 : float_to_half(value);
-  if (as_float) std::memcpy(out + 4 * index, &value, 4);
-  else std::memcpy(out + 2 * index, &half, 2);
+  if (as_float)
+    std::memcpy(out + 4 * index, &value, 4);
+  else
+    std::memcpy(out + 2 * index, &half, 2);
 }
 
-/** Blocks of a mapped file -> codes, scales and biases, when they are asked for: so that a model is never in memory as blocks, in MLX's layout and packed all
- *  at once. */
+/** Blocks of a mapped file -> codes, scales and biases, when they are asked for: so that a model is never in memory as blocks, in MLX's
+ * layout and packed all at once. */
 class ConvertBlocks final : public mx::Primitive {
  public:
   ConvertBlocks(mx::Stream stream, GgufTensor tensor, std::shared_ptr<const MappedFile> file, int64_t heads)
@@ -125,7 +129,8 @@ class ConvertBlocks final : public mx::Primitive {
     for (auto& out : outputs) out.set_data(mx::allocator::malloc(out.nbytes()));
     const auto type = static_cast<GgufType>(tensor_.type);
     const int bits = type == GgufType::q8_0 ? 8 : 4;
-    const int64_t block_bytes = block_bytes_of(type), rows = tensor_.shape[0], groups = tensor_.shape[1] / 32, code_bytes = tensor_.shape[1] * bits / 8;
+    const int64_t block_bytes = block_bytes_of(type), rows = tensor_.shape[0], groups = tensor_.shape[1] / 32,
+                  code_bytes = tensor_.shape[1] * bits / 8;
     const bool as_float = outputs[1].dtype() == mx::float32;
     auto *codes = outputs[0].data<uint8_t>(), *scales = outputs[1].data<uint8_t>(), *biases = outputs[2].data<uint8_t>();
     constexpr int64_t rows_a_chunk = 64;
@@ -155,7 +160,8 @@ class ConvertBlocks final : public mx::Primitive {
   int64_t heads_;
 };
 
-void add_quantized(const GgufTensor& t, const std::shared_ptr<const MappedFile>& file, const std::string& path, int64_t heads, Tensors& out) {
+void add_quantized(const GgufTensor& t, const std::shared_ptr<const MappedFile>& file, const std::string& path, int64_t heads,
+                   Tensors& out) {
   const int bits = static_cast<GgufType>(t.type) == GgufType::q8_0 ? 8 : 4;
   const int rows = static_cast<int>(t.shape[0]), groups = static_cast<int>(t.shape[1] / 32);
   const auto dtype = bias_overflows(t) ? mx::float32 : mx::float16;
@@ -210,8 +216,10 @@ json read_config(const GgufFile& file, const std::string& architecture, const st
   json config = {{"model_type", families.at(architecture).model_type}};
   const auto copy = [&](const char* key, const std::string& from, bool required) {
     const auto it = meta.find(from);
-    if (it != meta.end() && it->is_number()) config[key] = *it;
-    else if (required) throw Error(Code::bad_weights, where, "metadata " + from + " is missing or no number");
+    if (it != meta.end() && it->is_number())
+      config[key] = *it;
+    else if (required)
+      throw Error(Code::bad_weights, where, "metadata " + from + " is missing or no number");
   };
   const std::string at = architecture + ".";
   copy("hidden_size", at + "embedding_length", true);
@@ -228,7 +236,8 @@ json read_config(const GgufFile& file, const std::string& architecture, const st
   copy("eos_token_id", "tokenizer.ggml.eos_token_id", false);
   if (meta.contains(at + "rope.scaling.type") && meta[at + "rope.scaling.type"] != "none") {
     if (meta[at + "rope.scaling.type"] != "linear") {
-      throw Error(Code::unsupported, where, at + "rope.scaling.type: got " + shown_name(to_text(meta[at + "rope.scaling.type"])) + ", wanted linear");
+      throw Error(Code::unsupported, where,
+                  at + "rope.scaling.type: got " + shown_name(to_text(meta[at + "rope.scaling.type"])) + ", wanted linear");
     }
     config["rope_scaling"] = {{"type", "linear"}};
     const auto it = meta.find(at + "rope.scaling.factor");
@@ -250,7 +259,8 @@ int64_t permuted_heads(const GgufTensor& t, const json& config, const std::strin
   const char* key = k && config.contains("num_key_value_heads") ? "num_key_value_heads" : "num_attention_heads";
   const json& value = config.at(key);
   constexpr int64_t most = 1 << 20;
-  const bool usable = value.is_number_unsigned() ? value.get<uint64_t>() <= most : value.is_number_integer() && value.get<int64_t>() <= most;
+  const bool usable =
+      value.is_number_unsigned() ? value.get<uint64_t>() <= most : value.is_number_integer() && value.get<int64_t>() <= most;
   const int64_t heads = usable ? value.get<int64_t>() : 0;
   if (heads < 1) throw Error(Code::bad_weights, where, std::string(key) + ": got " + to_text(value) + ", wanted a number of heads");
   if (t.shape[0] % (2 * heads) != 0) {
@@ -280,7 +290,8 @@ Gguf load_gguf(const std::filesystem::path& path, bool with_tensors, const std::
   const std::string architecture = it != file.metadata.end() && it->is_string() ? it->get<std::string>() : "";
   const auto family = families.find(architecture);
   if (family == families.end()) {
-    throw Error(Code::unsupported, where, "general.architecture: got '" + shown_name(architecture) + "', wanted llama, qwen2, qwen3 or gemma3");
+    throw Error(Code::unsupported, where,
+                "general.architecture: got '" + shown_name(architecture) + "', wanted llama, qwen2, qwen3 or gemma3");
   }
   Gguf model{read_config(file, architecture, where), nullptr, {}};
   model.checkpoint.file_bytes = static_cast<int64_t>(file.mapped->bytes().size());
@@ -294,7 +305,8 @@ Gguf load_gguf(const std::filesystem::path& path, bool with_tensors, const std::
     if (is_quantized(t.type) && !name.ends_with(".weight")) throw Error(Code::unsupported, at, "quantized, but no weight");
     if (static_cast<GgufType>(t.type) == GgufType::q8_0) {
       // Names are unique, and json's own insertion compares with every key before it.
-      quantization.get_ref<json::object_t&>().Container::emplace_back(name.substr(0, name.rfind('.')), json({{"group_size", 32}, {"bits", 8}}));
+      quantization.get_ref<json::object_t&>().Container::emplace_back(name.substr(0, name.rfind('.')),
+                                                                      json({{"group_size", 32}, {"bits", 8}}));
     }
     heads.push_back(family->second.permuted_qk ? permuted_heads(t, model.config, where) : 0);
   }

@@ -32,20 +32,34 @@ class Reader {
   }
   json value(uint32_t type, int depth) {
     switch (type) {
-      case 0: return number<uint8_t>();
-      case 1: return number<int8_t>();
-      case 2: return number<uint16_t>();
-      case 3: return number<int16_t>();
-      case 4: return number<uint32_t>();
-      case 5: return number<int32_t>();
-      case 6: return number<float>();
-      case 7: return number<uint8_t>() != 0;
-      case 8: return text();
-      case 9: return list(depth);
-      case 10: return number<uint64_t>();
-      case 11: return number<int64_t>();
-      case 12: return number<double>();
-      default: fail("metadata of unknown type " + std::to_string(type));
+      case 0:
+        return number<uint8_t>();
+      case 1:
+        return number<int8_t>();
+      case 2:
+        return number<uint16_t>();
+      case 3:
+        return number<int16_t>();
+      case 4:
+        return number<uint32_t>();
+      case 5:
+        return number<int32_t>();
+      case 6:
+        return number<float>();
+      case 7:
+        return number<uint8_t>() != 0;
+      case 8:
+        return text();
+      case 9:
+        return list(depth);
+      case 10:
+        return number<uint64_t>();
+      case 11:
+        return number<int64_t>();
+      case 12:
+        return number<double>();
+      default:
+        fail("metadata of unknown type " + std::to_string(type));
     }
   }
   uint64_t position() const { return at_; }
@@ -79,14 +93,20 @@ struct BlockSize {
 
 BlockSize block_of(uint32_t type, const std::string& name, const std::string& where) {
   switch (static_cast<GgufType>(type)) {
-    case GgufType::f32: return {1, 4};
+    case GgufType::f32:
+      return {1, 4};
     case GgufType::f16:
-    case GgufType::bf16: return {1, 2};
-    case GgufType::q4_0: return {32, 18};
-    case GgufType::q4_1: return {32, 20};
-    case GgufType::q8_0: return {32, 34};
+    case GgufType::bf16:
+      return {1, 2};
+    case GgufType::q4_0:
+      return {32, 18};
+    case GgufType::q4_1:
+      return {32, 20};
+    case GgufType::q8_0:
+      return {32, 34};
   }
-  throw Error(Code::unsupported, where + ": " + shown_name(name), "got " + gguf_type_name(type) + ", wanted F32, F16, BF16, Q4_0, Q4_1 or Q8_0");
+  throw Error(Code::unsupported, where + ": " + shown_name(name),
+              "got " + gguf_type_name(type) + ", wanted F32, F16, BF16, Q4_0, Q4_1 or Q8_0");
 }
 
 GgufTensor read_tensor(Reader& r) {
@@ -108,12 +128,15 @@ uint64_t bytes_of(const GgufTensor& t, const std::string& where) {
   const BlockSize block = block_of(t.type, t.name, where);
   uint64_t count = 1, bytes = 0;
   for (const auto dim : t.shape) {
-    if (__builtin_mul_overflow(count, static_cast<uint64_t>(dim), &count)) throw Error(Code::bad_weights, where + ": " + shown_name(t.name), "too large");
+    if (__builtin_mul_overflow(count, static_cast<uint64_t>(dim), &count))
+      throw Error(Code::bad_weights, where + ": " + shown_name(t.name), "too large");
   }
   if (static_cast<uint64_t>(t.shape.back()) % block.values != 0) {
-    throw Error(Code::bad_weights, where + ": " + shown_name(t.name), "rows of " + std::to_string(t.shape.back()) + " are not whole blocks");
+    throw Error(Code::bad_weights, where + ": " + shown_name(t.name),
+                "rows of " + std::to_string(t.shape.back()) + " are not whole blocks");
   }
-  if (__builtin_mul_overflow(count / block.values, block.bytes, &bytes)) throw Error(Code::bad_weights, where + ": " + shown_name(t.name), "too large");
+  if (__builtin_mul_overflow(count / block.values, block.bytes, &bytes))
+    throw Error(Code::bad_weights, where + ": " + shown_name(t.name), "too large");
   return bytes;
 }
 
@@ -137,7 +160,8 @@ void read_tensors(Reader& r, uint64_t count, GgufFile& file) {
   }
 }
 
-/** Offsets become positions in the file. Overlaps are refused: each tensor is converted on its own, so a small file could ask for any memory. */
+/** Offsets become positions in the file. Overlaps are refused: each tensor is converted on its own, so a small file could ask for any
+ * memory. */
 void place_tensors(Reader& r, GgufFile& file) {
   uint64_t alignment = 32;
   if (const auto it = file.metadata.find("general.alignment"); it != file.metadata.end()) {

@@ -45,7 +45,8 @@ void release_pages(const MappedFile& file, uint64_t offset, uint64_t bytes) {
   static const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
   const auto begin = reinterpret_cast<std::uintptr_t>(file.bytes().data()) + offset, end = begin + bytes;
   const auto first = (begin + page - 1) / page * page, last = end / page * page;
-  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);  // only advice: a failure costs nothing but memory
+  if (first < last)
+    ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);  // only advice: a failure costs nothing but memory
 }
 
 mx::array mapped_array(const std::shared_ptr<const MappedFile>& file, uint64_t offset, const mx::Shape& shape, mx::Dtype dtype) {
@@ -60,7 +61,8 @@ mx::array mapped_array(const std::shared_ptr<const MappedFile>& file, uint64_t o
   }
   mx::array a(shape, dtype, nullptr, {});
   auto* before = const_cast<std::byte*>(data) - sizeof(std::size_t);
-  detail::adopt(a, mx::allocator::Data(mx::allocator::Buffer(before), [file, offset, bytes](mx::allocator::Buffer) { release_pages(*file, offset, bytes); }));
+  detail::adopt(a, mx::allocator::Data(mx::allocator::Buffer(before),
+                                       [file, offset, bytes](mx::allocator::Buffer) { release_pages(*file, offset, bytes); }));
   return a;
 }
 

@@ -17,7 +17,8 @@ namespace mx = mlx::core;
 mx::array mapped_array(const std::shared_ptr<const MappedFile>& file, uint64_t offset, const mx::Shape& shape, mx::Dtype dtype);
 
 /** Tells the system that these bytes of the file are not needed for now: the process no longer counts their whole pages as its memory.
- *  They read the same afterwards. Arrays over the file do so when they die, so that a loader that repacks them does not hold everything twice. */
+ *  They read the same afterwards. Arrays over the file do so when they die, so that a loader that repacks them does not hold everything
+ * twice. */
 void release_pages(const MappedFile& file, uint64_t offset, uint64_t bytes);
 
 /** An evaluated array whose 64-byte aligned memory `fill(pointer)` writes. CPU only. */

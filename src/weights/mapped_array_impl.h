@@ -8,8 +8,8 @@
 namespace mlxlm::weights {
 
 namespace detail {
-/** Uninitialized memory whose 64-byte aligned data is at raw_ptr(). Large blocks go back to the system when they die: the C library would keep
- *  them, and a loader that repacks its arrays would hold everything twice. Throws Error(out_of_memory). */
+/** Uninitialized memory whose 64-byte aligned data is at raw_ptr(). Large blocks go back to the system when they die: the C library would
+ * keep them, and a loader that repacks its arrays would hold everything twice. Throws Error(out_of_memory). */
 mx::allocator::Data reserve(std::size_t bytes);
 /** Marks `a` as evaluated, row contiguous, with this data. */
 void adopt(mx::array& a, mx::allocator::Data data);

@@ -66,8 +66,10 @@ std::string fill(std::string_view pattern, const Match& m) {
   std::string out;
   std::size_t star = 0;
   for (const char c : pattern) {
-    if (c == '*') out += m.stars.at(star++);
-    else out += c;
+    if (c == '*')
+      out += m.stars.at(star++);
+    else
+      out += c;
   }
   return out;
 }
@@ -82,7 +84,8 @@ void rename_all(Tensors& tensors, To&& to) {
   Tensors renamed;
   for (const auto& [name, value] : tensors) {
     const std::string target = to(name);
-    if (!renamed.emplace(target, value).second) throw Error(Code::bad_weights, shown_name(name), "stands for " + shown_name(target) + ", which is there too");
+    if (!renamed.emplace(target, value).second)
+      throw Error(Code::bad_weights, shown_name(name), "stands for " + shown_name(target) + ", which is there too");
   }
   tensors = std::move(renamed);
 }
@@ -104,7 +107,8 @@ void stack(Tensors& tensors, const Rule& rule) {
     const auto m = match(rule.from, name);
     if (!m || m->index < 0) continue;
     const auto [at, added] = groups[fill(rule.to, *m)].emplace(m->index, name);
-    if (!added) throw Error(Code::bad_weights, shown_name(name), "is expert " + std::to_string(m->index) + " as is " + shown_name(at->second));
+    if (!added)
+      throw Error(Code::bad_weights, shown_name(name), "is expert " + std::to_string(m->index) + " as is " + shown_name(at->second));
   }
   for (const auto& [target, members] : groups) {
     if (tensors.contains(target)) throw Error(Code::bad_weights, shown_name(target), "stands beside single experts");
@@ -190,13 +194,14 @@ void absorb_one(Tensors& tensors, const std::string& path, const arch::Mla& mla)
     }
     const auto whole_bits = int64_t(w.shape(1)) * 32 / mla.kv_lora;
     group_size = mla.kv_lora / scales->second.shape(1);
-    if (whole_bits < 2 || whole_bits > 8 || group_size < 1) throw Error(Code::bad_weights, shown_name(path), "codes and scales do not fit its shape");
+    if (whole_bits < 2 || whole_bits > 8 || group_size < 1)
+      throw Error(Code::bad_weights, shown_name(path), "codes and scales do not fit its shape");
     bits = static_cast<int>(whole_bits);
     w = mx::dequantize(w, scales->second, biases->second, group_size, bits);
   }
   if (w.ndim() != 2 || w.shape(0) != mla.heads * (mla.nope_dim + mla.v_dim) || w.shape(1) != mla.kv_lora) {
-    throw Error(Code::bad_weights, shown_name(path) + ".weight", "wanted " + std::to_string(mla.heads * (mla.nope_dim + mla.v_dim)) + " rows of " +
-                                                         std::to_string(mla.kv_lora));
+    throw Error(Code::bad_weights, shown_name(path) + ".weight",
+                "wanted " + std::to_string(mla.heads * (mla.nope_dim + mla.v_dim)) + " rows of " + std::to_string(mla.kv_lora));
   }
   w = mx::reshape(w, {mla.heads, mla.nope_dim + mla.v_dim, mla.kv_lora});
   const auto k = mx::contiguous(mx::swapaxes(mx::slice(w, {0, 0, 0}, {mla.heads, mla.nope_dim, mla.kv_lora}), 1, 2));
@@ -223,13 +228,20 @@ void absorb_mla(Tensors& tensors, const arch::Model& model) {
 
 void apply(Tensors& tensors, const Rule& rule, const arch::Model& model) {
   switch (rule.kind) {
-    case Rule::drop: return drop(tensors, rule);
-    case Rule::rename: return rename(tensors, rule);
-    case Rule::stack: return stack(tensors, rule);
-    case Rule::conv_ncl_to_nlc: return conv_to_nlc(tensors, rule);
-    case Rule::dequant_blocks: return dequant_blocks(tensors, rule);
-    case Rule::absorb_mla: return absorb_mla(tensors, model);
-    case Rule::strip_prefix: return strip_prefix(tensors, rule);
+    case Rule::drop:
+      return drop(tensors, rule);
+    case Rule::rename:
+      return rename(tensors, rule);
+    case Rule::stack:
+      return stack(tensors, rule);
+    case Rule::conv_ncl_to_nlc:
+      return conv_to_nlc(tensors, rule);
+    case Rule::dequant_blocks:
+      return dequant_blocks(tensors, rule);
+    case Rule::absorb_mla:
+      return absorb_mla(tensors, model);
+    case Rule::strip_prefix:
+      return strip_prefix(tensors, rule);
   }
 }
 

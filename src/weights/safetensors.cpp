@@ -61,8 +61,8 @@ Checkpoint load_safetensors(const std::filesystem::path& file) {
     return checkpoint;
   }
   for (const auto& entry : header.entries) {
-    checkpoint.tensors.insert_or_assign(
-        entry.info.name, mapped_array(mapped, header.data_offset + entry.begin, shape_of(entry.info), entry.dtype));
+    checkpoint.tensors.insert_or_assign(entry.info.name,
+                                        mapped_array(mapped, header.data_offset + entry.begin, shape_of(entry.info), entry.dtype));
   }
   return checkpoint;
 }
@@ -74,7 +74,8 @@ Checkpoint load_folder(const std::filesystem::path& folder) {
     if (all.metadata.empty()) all.metadata = part.metadata;
     all.file_bytes += part.file_bytes;
     for (auto& [name, value] : part.tensors) {
-      if (!all.tensors.emplace(name, value).second) throw Error(Code::bad_weights, file.string(), shown_name(name) + ": stands in two files");
+      if (!all.tensors.emplace(name, value).second)
+        throw Error(Code::bad_weights, file.string(), shown_name(name) + ": stands in two files");
     }
   }
   return all;
@@ -104,7 +105,8 @@ void save_safetensors(const std::filesystem::path& file, const Tensors& tensors,
     rows.push_back(mx::contiguous(value));
     const auto known = std::ranges::find(dtypes, value.dtype(), &DtypeName::dtype);
     if (known == dtypes.end()) throw Error(Code::unsupported, file.string(), shown_name(name) + ": dtype cannot be stored");
-    json entry = {{"dtype", known->name}, {"shape", std::vector<int>(value.shape().begin(), value.shape().end())},
+    json entry = {{"dtype", known->name},
+                  {"shape", std::vector<int>(value.shape().begin(), value.shape().end())},
                   {"data_offsets", {offset, offset + value.nbytes()}}};
     header.get_ref<json::object_t&>().Container::emplace_back(name, std::move(entry));  // json's own insertion compares with every key
     offset += value.nbytes();

@@ -15,10 +15,10 @@ namespace {
 constexpr uint64_t max_header_bytes = 100'000'000;
 constexpr std::size_t max_axes = 16;
 
-constexpr DtypeName dtypes[] = {{"BOOL", mx::bool_},    {"U8", mx::uint8},       {"I8", mx::int8},         {"U16", mx::uint16},
-                                {"I16", mx::int16},     {"U32", mx::uint32},     {"I32", mx::int32},       {"U64", mx::uint64},
-                                {"I64", mx::int64},     {"F16", mx::float16},    {"BF16", mx::bfloat16},   {"F32", mx::float32},
-                                {"F64", mx::float64},   {"C64", mx::complex64},  {"F8_E4M3", mx::uint8},   {"F8_E5M2", mx::uint8},
+constexpr DtypeName dtypes[] = {{"BOOL", mx::bool_},   {"U8", mx::uint8},      {"I8", mx::int8},       {"U16", mx::uint16},
+                                {"I16", mx::int16},    {"U32", mx::uint32},    {"I32", mx::int32},     {"U64", mx::uint64},
+                                {"I64", mx::int64},    {"F16", mx::float16},   {"BF16", mx::bfloat16}, {"F32", mx::float32},
+                                {"F64", mx::float64},  {"C64", mx::complex64}, {"F8_E4M3", mx::uint8}, {"F8_E5M2", mx::uint8},
                                 {"F8_E8M0", mx::uint8}};
 
 /** Events of a JSON text with a fixed form. A callback of a subclass throws for what does not belong where it stands. */
@@ -50,10 +50,14 @@ class HeaderEvents final : public Events {
   HeaderEvents(std::string where, SafetensorsHeader& header) : Events(std::move(where)), header_(header) {}
 
   bool start_object(std::size_t) override {
-    if (at_ == At::start) at_ = At::names;
-    else if (at_ == At::tensor_value) at_ = At::tensor;
-    else if (at_ == At::metadata_value) at_ = At::metadata;
-    else misplaced("an object");
+    if (at_ == At::start)
+      at_ = At::names;
+    else if (at_ == At::tensor_value)
+      at_ = At::tensor;
+    else if (at_ == At::metadata_value)
+      at_ = At::metadata;
+    else
+      misplaced("an object");
     return true;
   }
   bool end_object() override {
@@ -63,9 +67,12 @@ class HeaderEvents final : public Events {
     return true;
   }
   bool start_array(std::size_t) override {
-    if (at_ == At::shape_value) at_ = At::shape;
-    else if (at_ == At::offsets_value) at_ = At::offsets;
-    else misplaced("a list");
+    if (at_ == At::shape_value)
+      at_ = At::shape;
+    else if (at_ == At::offsets_value)
+      at_ = At::offsets;
+    else
+      misplaced("a list");
     return true;
   }
   bool end_array() override {
@@ -88,9 +95,12 @@ class HeaderEvents final : public Events {
     return true;
   }
   bool string(string_t& text) override {
-    if (at_ == At::dtype_value) dtype_ = text;
-    else if (at_ == At::metadata) return keep_metadata(text);
-    else if (at_ != At::ignored_value) misplaced("a text");
+    if (at_ == At::dtype_value)
+      dtype_ = text;
+    else if (at_ == At::metadata)
+      return keep_metadata(text);
+    else if (at_ != At::ignored_value)
+      misplaced("a text");
     at_ = At::tensor;
     return true;
   }
@@ -109,32 +119,57 @@ class HeaderEvents final : public Events {
 
  protected:
   bool scalar(const std::string& shown) override {
-    if (at_ == At::ignored_value) at_ = At::tensor;
-    else if (at_ == At::metadata_value && shown == "null") at_ = At::names;
-    else misplaced(shown);
+    if (at_ == At::ignored_value)
+      at_ = At::tensor;
+    else if (at_ == At::metadata_value && shown == "null")
+      at_ = At::names;
+    else
+      misplaced(shown);
     return true;
   }
 
  private:
   enum class At {
-    start, names, tensor_value, tensor, metadata_value, metadata, dtype_value, shape_value, shape, offsets_value, offsets, ignored_value
+    start,
+    names,
+    tensor_value,
+    tensor,
+    metadata_value,
+    metadata,
+    dtype_value,
+    shape_value,
+    shape,
+    offsets_value,
+    offsets,
+    ignored_value
   };
 
   [[noreturn]] void bad(const std::string& name, const std::string& problem) const { fail(shown_name(name) + ": " + problem); }
 
   [[noreturn]] void misplaced(const std::string& got) const {
     switch (at_) {
-      case At::start: fail("header is not a JSON object");
-      case At::names: fail("header: got " + got + " instead of a name");
-      case At::tensor_value: bad(name_, "got " + got + ", wanted dtype, shape and data_offsets");
-      case At::dtype_value: bad(name_, "dtype: got " + got + ", wanted a text");
-      case At::shape_value: bad(name_, "shape: got " + got + ", wanted a list of sizes");
-      case At::shape: bad(name_, "shape: got " + got + ", wanted whole numbers");
-      case At::offsets_value: bad(name_, "data_offsets: got " + got + ", wanted a pair");
-      case At::offsets: bad(name_, "data_offsets: got " + got + ", wanted whole numbers");
-      case At::metadata_value: bad(name_, "got " + got + ", wanted an object of texts");
-      case At::metadata: bad(name_ + "." + field_, "got " + got + ", wanted a text");
-      default: bad(name_, "got " + got + " where it does not belong");
+      case At::start:
+        fail("header is not a JSON object");
+      case At::names:
+        fail("header: got " + got + " instead of a name");
+      case At::tensor_value:
+        bad(name_, "got " + got + ", wanted dtype, shape and data_offsets");
+      case At::dtype_value:
+        bad(name_, "dtype: got " + got + ", wanted a text");
+      case At::shape_value:
+        bad(name_, "shape: got " + got + ", wanted a list of sizes");
+      case At::shape:
+        bad(name_, "shape: got " + got + ", wanted whole numbers");
+      case At::offsets_value:
+        bad(name_, "data_offsets: got " + got + ", wanted a pair");
+      case At::offsets:
+        bad(name_, "data_offsets: got " + got + ", wanted whole numbers");
+      case At::metadata_value:
+        bad(name_, "got " + got + ", wanted an object of texts");
+      case At::metadata:
+        bad(name_ + "." + field_, "got " + got + ", wanted a text");
+      default:
+        bad(name_, "got " + got + " where it does not belong");
     }
   }
 
@@ -251,14 +286,17 @@ void check_layout(const std::string& file, std::vector<SafetensorsEntry>& entrie
     if (entry.begin < end) bad(entry, "overlaps the tensor before it");
     end = entry.end;
     if (end > data_bytes) {
-      bad(entry, "ends at byte " + std::to_string(end) + " of the data, got only " + std::to_string(data_bytes) + " (is the file truncated?)");
+      bad(entry,
+          "ends at byte " + std::to_string(end) + " of the data, got only " + std::to_string(data_bytes) + " (is the file truncated?)");
     }
   }
 }
 
 }  // namespace
 
-std::span<const DtypeName> safetensors_dtypes() { return dtypes; }
+std::span<const DtypeName> safetensors_dtypes() {
+  return dtypes;
+}
 
 SafetensorsHeader read_safetensors_header(const MappedFile& mapped) {
   const std::string file = mapped.path().string();
@@ -269,8 +307,8 @@ SafetensorsHeader read_safetensors_header(const MappedFile& mapped) {
   uint64_t length = 0;
   std::memcpy(&length, bytes.data(), 8);
   if (length > max_header_bytes || length > bytes.size() - 8) {
-    throw Error(Code::bad_weights, file, "header of " + std::to_string(length) + " bytes, got a file of " + std::to_string(bytes.size()) +
-                                             " (is it truncated?)");
+    throw Error(Code::bad_weights, file,
+                "header of " + std::to_string(length) + " bytes, got a file of " + std::to_string(bytes.size()) + " (is it truncated?)");
   }
   SafetensorsHeader header;
   header.data_offset = 8 + length;

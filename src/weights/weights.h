@@ -47,24 +47,22 @@ std::vector<TensorInfo> list_safetensors(const std::filesystem::path& file);
 std::vector<TensorInfo> list_folder(const std::filesystem::path& folder);
 
 /** Writes a .safetensors file atomically; names sorted, metadata strings as given. */
-void save_safetensors(const std::filesystem::path& file, const Tensors& tensors,
-                      const std::map<std::string, std::string>& metadata = {});
+void save_safetensors(const std::filesystem::path& file, const Tensors& tensors, const std::map<std::string, std::string>& metadata = {});
 
 /** Applies rules in order. Throws Error(bad_weights) for gaps in stacked experts. */
 void apply_rules(Tensors& tensors, const arch::Model& model);
 
 /** How module `path` is quantized, or nullopt. From the config and, for unnamed paths, from the shapes in the checkpoint;
  *  `in_dims` is the unquantized last axis. Reference: mlx_lm/utils.py infer_quant_config */
-std::optional<plan::Quant> quant_of(const std::string& path, int in_dims, const Tensors& tensors,
-                                    const plan::QuantConfig& config);
+std::optional<plan::Quant> quant_of(const std::string& path, int in_dims, const Tensors& tensors, const plan::QuantConfig& config);
 
 /** Compares with the plan: a missing or left-over tensor, a wrong shape or dtype is Error(bad_weights) that names it,
  *  what was got and wanted, and the nearest names. Returns the quantization by module path. */
-std::map<std::string, plan::Quant> check(const Tensors& tensors, const arch::Model& model,
-                                         const plan::QuantConfig& config, const std::string& where);
+std::map<std::string, plan::Quant> check(const Tensors& tensors, const arch::Model& model, const plan::QuantConfig& config,
+                                         const std::string& where);
 
-/** A GGUF file as MLX names it: config.json-like object, tensors under mlx_lm's paths (F32, F16, BF16 as they are; Q4_0, Q4_1, Q8_0 as affine
- *  group 32 without loss), and tokenizer metadata for text::Tokenizer::from_gguf. Throws Error(bad_weights), Error(unsupported). */
+/** A GGUF file as MLX names it: config.json-like object, tensors under mlx_lm's paths (F32, F16, BF16 as they are; Q4_0, Q4_1, Q8_0 as
+ * affine group 32 without loss), and tokenizer metadata for text::Tokenizer::from_gguf. Throws Error(bad_weights), Error(unsupported). */
 struct Gguf {
   json config;                           // model_type, sizes, quantization
   std::shared_ptr<const json> metadata;  // all key/values; long arrays included

@@ -1,4 +1,5 @@
-// Drafts as part of steps: counts, ends in the middle of what was right, failures, and caches that are quantized at the same token as alone.
+// Drafts as part of steps: counts, ends in the middle of what was right, failures, and caches that are quantized at the same token as
+// alone.
 #include <algorithm>
 #include <atomic>
 #include <thread>
@@ -223,7 +224,8 @@ TEST(QuantizedCaches, NoStepCrossesTheTokenWhereTheyAreConverted) {
     int prompt, start, wanted;
   };
   // Chunks of 16 alone, the last token of the prompt by itself.
-  for (const auto& [prompt, start, wanted] : {Case{10, 0, 9}, {10, 9, 9}, {10, 10, 10}, {10, 15, 15}, {40, 0, 16}, {40, 17, 32}, {40, 33, 39}, {1, 0, 1}}) {
+  for (const auto& [prompt, start, wanted] :
+       {Case{10, 0, 9}, {10, 9, 9}, {10, 10, 10}, {10, 15, 15}, {40, 0, 16}, {40, 17, 32}, {40, 33, 39}, {1, 0, 1}}) {
     Bench b({.prefill_tokens = 7, .limited_chunk_tokens = 16});
     b.runner.guess = guesses(6, 6);
     auto r = drafting(prompt, 20, 6);
@@ -321,7 +323,13 @@ TEST(AsyncMask, IsAskedForEachTokenOnAnotherThread) {
   for (const auto& t : threads) EXPECT_NE(t, std::this_thread::get_id());
   // Whoever leaves early waits for the provider.
   std::atomic<bool> done = false;
-  { AsyncMask early([&](auto) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); done = true; return std::vector<uint32_t>{}; }); }
+  {
+    AsyncMask early([&](auto) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      done = true;
+      return std::vector<uint32_t>{};
+    });
+  }
   EXPECT_TRUE(done);
 }
 

@@ -1,6 +1,6 @@
 // What the engine promises whoever submits requests, whatever the runner does.
-#include <algorithm>
 #include <gtest/gtest.h>
+#include <algorithm>
 
 #include "contract/scripted_runner.h"
 
@@ -12,7 +12,8 @@ namespace {
 TEST(Engine, AloneAndTogetherAreTheSame) {
   Bench b;
   std::vector<Request> requests;
-  for (int i = 0; i < 20; ++i) requests.push_back({.tokens = prompt_of(1 + 37 * i, i), .max_tokens = 1 + i, .sampling = {.temperature = 1, .seed = 5u + i}});
+  for (int i = 0; i < 20; ++i)
+    requests.push_back({.tokens = prompt_of(1 + 37 * i, i), .max_tokens = 1 + i, .sampling = {.temperature = 1, .seed = 5u + i}});
   std::vector<SequenceId> ids;
   for (const auto& r : requests) ids.push_back(b.submit(r));
   b.drain();
@@ -353,7 +354,8 @@ TEST(Engine, CachesAreHandedOverAndTakenUp) {
   EXPECT_EQ(last.cache_tokens.size(), 13u);  // the last token is not in it
   EXPECT_EQ(b.runner.caches.at(last.cache).tokens, last.cache_tokens);
   b.handed_over = 0;
-  const auto second = b.submit({.tokens = {b.answers[first].back()}, .max_tokens = 4, .cache = last.cache, .cache_tokens = last.cache_tokens});
+  const auto second =
+      b.submit({.tokens = {b.answers[first].back()}, .max_tokens = 4, .cache = last.cache, .cache_tokens = last.cache_tokens});
   b.drain();
   EXPECT_SOUND(b);
   EXPECT_EQ(b.answers[second], std::vector<int>(whole.begin() + 4, whole.end()));

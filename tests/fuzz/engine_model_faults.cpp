@@ -79,8 +79,8 @@ TEST_P(Faults, SixteenAtOnceDoNotMixUp) {
   }
 }
 
-/** mlx-lm#1129 (and #754, #983): a short and a long prompt join, first together and then beside one that decodes, with rotated windows and with
- *  recurrent states. */
+/** mlx-lm#1129 (and #754, #983): a short and a long prompt join, first together and then beside one that decodes, with rotated windows and
+ * with recurrent states. */
 TEST_P(Faults, PromptsOfOtherLengthsJoinAtAnyTime) {
   const Limits limits{.prefill_tokens = 7, .step_tokens = 10};
   gen::ModelRunner runner(*model_, limits);
@@ -239,7 +239,8 @@ TEST_P(Faults, AMaskIsWaitedForAfterTheModelHasBegun) {
   // Comes to an end only when the step that needs it has begun: an engine that waited first would wait for ever.
   const auto mask = std::make_shared<AsyncMask>([&](std::span<const int> answer) {
     const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(5);
-    while (watched.runs.load() - before <= static_cast<int>(answer.size()) && std::chrono::steady_clock::now() < give_up) std::this_thread::yield();
+    while (watched.runs.load() - before <= static_cast<int>(answer.size()) && std::chrono::steady_clock::now() < give_up)
+      std::this_thread::yield();
     late += std::chrono::steady_clock::now() >= give_up;
     std::vector<uint32_t> bits((vocab + 31) / 32);
     bits[answer.size() / 32] = 1u << answer.size() % 32;  // the n-th token is n
@@ -419,7 +420,8 @@ TEST_P(Faults, BatchGenerateGivesTheTextsOfStreamGenerate) {
   items.back().stop = {whole.substr(whole.size() / 2, 2)};
   std::vector<std::size_t> ended;
   gen::BatchGenerator::Stats stats;
-  const auto answers = gen::batch_generate(*model_, tokenizer(), items, {.on_answer = [&](std::size_t i, const auto&) { ended.push_back(i); }}, &stats);
+  const auto answers =
+      gen::batch_generate(*model_, tokenizer(), items, {.on_answer = [&](std::size_t i, const auto&) { ended.push_back(i); }}, &stats);
   ASSERT_EQ(answers.size(), items.size());
   std::ranges::sort(ended);
   EXPECT_EQ(ended, (std::vector<std::size_t>{0, 1, 2, 3, 4, 5, 6}));
@@ -437,7 +439,8 @@ TEST_P(Faults, BatchGenerateGivesTheTextsOfStreamGenerate) {
 TEST_P(Faults, CancelKeepsWhatIsDone) {
   std::atomic<bool> cancel = false;
   std::vector<gen::BatchItem> items{{.prompt = prompt(5, 1), .max_tokens = 3}, {.prompt = prompt(5, 2), .max_tokens = -1}};
-  const auto answers = gen::batch_generate(*model_, tokenizer(), items, {.on_answer = [&](std::size_t i, const auto&) { cancel = i == 0; }, .cancel = &cancel});
+  const auto answers = gen::batch_generate(*model_, tokenizer(), items,
+                                           {.on_answer = [&](std::size_t i, const auto&) { cancel = i == 0; }, .cancel = &cancel});
   EXPECT_EQ(answers[0].finish, gen::Finish::length);
   EXPECT_EQ(answers[1].finish, gen::Finish::cancelled);
   EXPECT_FALSE(answers[1].tokens.empty());

@@ -103,7 +103,10 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
   void story(uint32_t seed) {
     random_.seed(seed);
     const int chunk = pick(1, 48);
-    Limits limits{.max_sequences = pick(2, 9), .prefill_tokens = chunk, .least_prefill_tokens = pick(1, 8), .prefix_cache_bytes = pick(0, 1) ? 1 << 22 : 0};
+    Limits limits{.max_sequences = pick(2, 9),
+                  .prefill_tokens = chunk,
+                  .least_prefill_tokens = pick(1, 8),
+                  .prefix_cache_bytes = pick(0, 1) ? 1 << 22 : 0};
     if (pick(0, 1)) limits.step_tokens = pick(2, 40);
     drafts_are_cut_ = limits.step_tokens > 0;
     if (pick(0, 2) == 0) limits.limited_chunk_tokens = pick(1, 50);
@@ -148,7 +151,12 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
       const auto wanted = run_alone(*model_, r, limited ? limits.limited_chunk_tokens : pick(1, 64), draft_model_.get());
       const auto& got = answers[id];
       if (ends.at(id) == Finish::length) {
-        EXPECT_EQ(got, wanted) << "request " << id << " of " << requests.size() << ": prompt " << r.tokens.size() << ", max_kv " << r.max_kv_size_tokens << ", temperature " << r.sampling.temperature << ", boundaries " << r.boundaries.size() << ", bits " << r.kv_bits << " from " << r.quantized_kv_start << ", limited chunk " << limits.limited_chunk_tokens << " prefill " << limits.prefill_tokens << " step " << limits.step_tokens << " max_kv " << r.max_kv_size_tokens << ", drafts " << r.drafts.ngram_tokens << " " << r.drafts.model_tokens;
+        EXPECT_EQ(got, wanted) << "request " << id << " of " << requests.size() << ": prompt " << r.tokens.size() << ", max_kv "
+                               << r.max_kv_size_tokens << ", temperature " << r.sampling.temperature << ", boundaries "
+                               << r.boundaries.size() << ", bits " << r.kv_bits << " from " << r.quantized_kv_start << ", limited chunk "
+                               << limits.limited_chunk_tokens << " prefill " << limits.prefill_tokens << " step " << limits.step_tokens
+                               << " max_kv " << r.max_kv_size_tokens << ", drafts " << r.drafts.ngram_tokens << " "
+                               << r.drafts.model_tokens;
       } else {
         EXPECT_EQ(ends.at(id), Finish::cancelled);
         EXPECT_TRUE(got.size() <= wanted.size() && std::equal(got.begin(), got.end(), wanted.begin()));
@@ -165,7 +173,10 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
 /** FUZZ_LONG=1 goes on for longer, FUZZ_SEED=n begins at a story. */
 TEST_P(ModelFuzz, EveryAnswerIsTheOneGivenAlone) {
   const auto start = std::chrono::steady_clock::now();
-  for (uint32_t seed = (std::getenv("FUZZ_SEED") ? std::atoi(std::getenv("FUZZ_SEED")) : 1u); seed <= (std::getenv("FUZZ_LONG") ? 400u : 12u) && std::chrono::steady_clock::now() - start < std::chrono::seconds(std::getenv("FUZZ_LONG") ? 40 : 4); ++seed) {
+  for (uint32_t seed = (std::getenv("FUZZ_SEED") ? std::atoi(std::getenv("FUZZ_SEED")) : 1u);
+       seed <= (std::getenv("FUZZ_LONG") ? 400u : 12u) &&
+       std::chrono::steady_clock::now() - start < std::chrono::seconds(std::getenv("FUZZ_LONG") ? 40 : 4);
+       ++seed) {
     SCOPED_TRACE(seed);
     story(seed);
     if (HasFailure()) return;

@@ -73,8 +73,11 @@ class Fuzz {
         break;
       case 2:
       case 3:
-      case 4: insert(); break;
-      default: find();
+      case 4:
+        insert();
+        break;
+      default:
+        find();
     }
     same();
   }
@@ -116,9 +119,11 @@ class Fuzz {
       return;
     }
     const bool covered = std::ranges::any_of(plain_.list, [&](const auto& one) {
-      return one.space == space && one.entry.trimmable && one.key.size() > key.size() && shared(one.key, key) == static_cast<int>(key.size());
+      return one.space == space && one.entry.trimmable && one.key.size() > key.size() &&
+             shared(one.key, key) == static_cast<int>(key.size());
     });
-    const bool equal = std::ranges::any_of(plain_.list, [&](const auto& one) { return one.space == space && one.key == key && one.entry.trimmable; });
+    const bool equal =
+        std::ranges::any_of(plain_.list, [&](const auto& one) { return one.space == space && one.key == key && one.entry.trimmable; });
     if (covered && !equal) {
       EXPECT_EQ(back, std::vector<CacheId>{entry.cache});
       // Some longer one was used: learn which from the order.

@@ -17,7 +17,9 @@ struct CacheGoldens {
   weights::Tensors answers;
 };
 
-fs::path folder() { return fs::path(MLXLM_TEST_DATA) / "caches"; }
+fs::path folder() {
+  return fs::path(MLXLM_TEST_DATA) / "caches";
+}
 
 const CacheGoldens& goldens() {
   static const CacheGoldens loaded = [] {
@@ -79,7 +81,8 @@ class Caches : public testing::TestWithParam<std::string> {
   std::vector<int> steps_;
 };
 
-/** The same float32 keys in another order of summation; a code that is rounded the other way moves a logit by less than the second bound. */
+/** The same float32 keys in another order of summation; a code that is rounded the other way moves a logit by less than the second bound.
+ */
 TEST_P(Caches, StepsFollowFromThePrompt) {
   auto caches = after_prompt();
   expect_golden(follow(caches), info_.at("kv").is_null() ? 1e-4 : 2e-3);

@@ -23,7 +23,8 @@ constexpr int prompt_tokens = 40;  // beyond the windows of all configs
 std::vector<std::string> float32_models() {
   std::vector<std::string> names;
   for (const auto& name : golden_names()) {
-    if (!name.starts_with("llama_rope") && (name.ends_with(".f32") || name.ends_with(".q4")) && name.find("published") == std::string::npos) names.push_back(name);
+    if (!name.starts_with("llama_rope") && (name.ends_with(".f32") || name.ends_with(".q4")) && name.find("published") == std::string::npos)
+      names.push_back(name);
   }
   return names;
 }
@@ -122,7 +123,8 @@ TEST_P(Invariants, QuantizedBesidePlainIsAlone) {
     Tokens all = next;
     all.insert(all.end(), next.begin(), next.end());
     const int count = static_cast<int>(next.size());
-    const auto rows = to_rows(mx::expand_dims(model_->run(mx::flatten(batch_of(all)), {{count, count, &together}, {count, count, &plain}}), 0));
+    const auto rows =
+        to_rows(mx::expand_dims(model_->run(mx::flatten(batch_of(all)), {{count, count, &together}, {count, count, &plain}}), 0));
     const auto first = run(next, alone), second = run(next, plain_alone);
     for (int i = 0; i < count; ++i) {
       EXPECT_EQ(rows[i], first[i]);

@@ -83,7 +83,9 @@ weights::LowRanks adapter_of(const json& info, Checkpoint& made, uint32_t seed) 
     tensors.insert_or_assign(name, generated(source, shape.get<std::vector<int>>(), seed));
   }
   weights::save_safetensors(folder / "adapters.safetensors", tensors);
-  const json config{{"fine_tune_type", info.at("type")}, {"num_layers", info.at("layers")}, {"lora_parameters", {{"rank", 4}, {"scale", info.at("scale")}}}};
+  const json config{{"fine_tune_type", info.at("type")},
+                    {"num_layers", info.at("layers")},
+                    {"lora_parameters", {{"rank", 4}, {"scale", info.at("scale")}}}};
   std::ofstream(folder / "adapter_config.json") << config.dump();
   auto adapters = weights::apply_adapter(folder, made.tensors, made.description);
   for (auto& [path, adapter] : adapters) mx::eval(adapter.a, adapter.b);
@@ -158,8 +160,9 @@ Checkpoint make_checkpoint(const json& config, const json& info) {
 std::unique_ptr<model::CausalModel> make_model(Checkpoint checkpoint) {
   const char* wanted = std::getenv("MLXLM_TEST_EXECUTOR");
   const auto executor = wanted != nullptr && std::string(wanted) == "graph" ? model::Executor::graph : model::Executor::best;
-  return model::make_model(std::move(checkpoint.description), std::move(checkpoint.tensors), checkpoint.quant,
-                           {.executor = executor, .adapters = std::move(checkpoint.adapters), .quantize_activations = checkpoint.quantize_activations});
+  return model::make_model(
+      std::move(checkpoint.description), std::move(checkpoint.tensors), checkpoint.quant,
+      {.executor = executor, .adapters = std::move(checkpoint.adapters), .quantize_activations = checkpoint.quantize_activations});
 }
 
 uint32_t checksum(const weights::Tensors& tensors) {

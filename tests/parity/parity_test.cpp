@@ -12,8 +12,8 @@ namespace mlxlm::tests {
 namespace {
 
 /** float32: another order of summation moves a logit by about 1e-6 of the spread; a wrong formula by 1e-2.
- *  float16 and bfloat16: the golden says how far its own rounding took the reference from float32 arithmetic. If ours went no further, the two are
- *  at most twice that apart. */
+ *  float16 and bfloat16: the golden says how far its own rounding took the reference from float32 arithmetic. If ours went no further, the
+ * two are at most twice that apart. */
 double bound_of(const Golden& golden) {
   return golden.info.at("dtype") == "f32" ? 1e-4 : 2 * golden.info.at("rounding").get<double>();
 }
@@ -62,7 +62,8 @@ std::string test_name(const testing::TestParamInfo<std::string>& info) {
 
 TEST_P(Parity, Weights) {
   const auto made = make_checkpoint(golden_.info.at("config"), golden_.info);
-  EXPECT_EQ(checksum(made.tensors), golden_.info.at("crc32").get<uint32_t>()) << "the parameters differ from the reference's, so logits must too";
+  EXPECT_EQ(checksum(made.tensors), golden_.info.at("crc32").get<uint32_t>())
+      << "the parameters differ from the reference's, so logits must too";
 }
 
 TEST_P(Parity, Prompt) {
@@ -80,7 +81,8 @@ TEST_P(Parity, Decode) {
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     const bool tie = lead(row) <= 2 * bound_;
     EXPECT_TRUE(argmax(row) == tokens[i] || tie) << "token " << i << ": got " << argmax(row) << ", wanted " << tokens[i];
-    if (const auto at = std::ranges::find(rows, int(i)); at != rows.end()) near(row, wanted[at - rows.begin()], "token " + std::to_string(i));
+    if (const auto at = std::ranges::find(rows, int(i)); at != rows.end())
+      near(row, wanted[at - rows.begin()], "token " + std::to_string(i));
     row = last_row(run({tokens[i]}));
   }
 }

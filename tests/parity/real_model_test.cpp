@@ -46,11 +46,12 @@ TEST_F(RealModel, GreedyTokensAreTheReferences) {
     options.max_tokens = static_cast<int>(wanted.size());
     std::vector<int> got;
     std::string text;
-    gen::stream_generate(*loaded_.model, *tokenizer_, golden.at("prompt").get<std::vector<int>>(), options, [&](const gen::Response& response) {
-      got.push_back(response.token);
-      text += response.text;
-      return true;
-    });
+    gen::stream_generate(*loaded_.model, *tokenizer_, golden.at("prompt").get<std::vector<int>>(), options,
+                         [&](const gen::Response& response) {
+                           got.push_back(response.token);
+                           text += response.text;
+                           return true;
+                         });
     EXPECT_EQ(got, wanted) << "got: " << text << "\nwanted: " << golden.at("text") << "\nleads of the best logit: " << golden.at("leads");
   }
 }

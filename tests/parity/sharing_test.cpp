@@ -25,7 +25,9 @@ class Sharing : public testing::TestWithParam<std::string> {
     for (int i = 0; i < count; ++i) out.push_back((i * 7 + salt * 31 + i * i % 11) % model_->description().vocab);
     return out;
   }
-  std::vector<std::vector<float>> run(const Tokens& tokens, cache::Caches& caches) { return to_rows(model_->forward(batch_of(tokens), caches)); }
+  std::vector<std::vector<float>> run(const Tokens& tokens, cache::Caches& caches) {
+    return to_rows(model_->forward(batch_of(tokens), caches));
+  }
   static cache::Caches copy(const cache::Caches& caches, bool sharing) {
     cache::Caches out;
     for (const auto& c : caches) out.push_back(c == nullptr ? nullptr : sharing ? c->copy() : c->separate_copy());
@@ -33,7 +35,9 @@ class Sharing : public testing::TestWithParam<std::string> {
   }
   static void trim(cache::Caches& caches, int count) {
     for (auto& c : caches) {
-      if (c) { ASSERT_EQ(c->trim(count), count); }
+      if (c) {
+        ASSERT_EQ(c->trim(count), count);
+      }
     }
   }
   static int64_t bytes_of(const std::vector<cache::Caches*>& all) {
@@ -67,7 +71,8 @@ TEST_P(Sharing, ChangesNothingOfEither) {
 
 TEST_P(Sharing, SurvivesForgetting) {
   const auto fresh = cache::make_caches(model_->description());
-  if (!std::ranges::all_of(fresh, [](const auto& c) { return dynamic_cast<cache::KvCache*>(c.get()) != nullptr; })) GTEST_SKIP() << "windows cannot go back";
+  if (!std::ranges::all_of(fresh, [](const auto& c) { return dynamic_cast<cache::KvCache*>(c.get()) != nullptr; }))
+    GTEST_SKIP() << "windows cannot go back";
   for (const int forgotten : {1, 10, 64, 100, 137, 199, 200}) {
     auto source = cache::make_caches(model_->description());
     run(tokens(200, 1), source);
@@ -86,7 +91,8 @@ TEST_P(Sharing, SurvivesForgetting) {
 
 TEST_P(Sharing, ALenderMayGoBackWhenItsBorrowersChange) {
   const auto fresh = cache::make_caches(model_->description());
-  if (!std::ranges::all_of(fresh, [](const auto& c) { return dynamic_cast<cache::KvCache*>(c.get()) != nullptr; })) GTEST_SKIP() << "windows cannot go back";
+  if (!std::ranges::all_of(fresh, [](const auto& c) { return dynamic_cast<cache::KvCache*>(c.get()) != nullptr; }))
+    GTEST_SKIP() << "windows cannot go back";
   auto source = cache::make_caches(model_->description());
   run(tokens(260, 1), source);
   auto large = copy(source, true);
@@ -126,7 +132,8 @@ TEST_P(Sharing, CostsWhatIsNotShared) {
     c = copy(source, true);
     all.push_back(&c);
   }
-  const bool full_caches = std::ranges::all_of(source, [](const auto& c) { return c == nullptr || dynamic_cast<cache::KvCache*>(c.get()) != nullptr; });
+  const bool full_caches =
+      std::ranges::all_of(source, [](const auto& c) { return c == nullptr || dynamic_cast<cache::KvCache*>(c.get()) != nullptr; });
   if (full_caches && std::string(model_->executor()) == "fused") {
     EXPECT_EQ(bytes_of(all), alone);
   } else {

@@ -20,7 +20,9 @@ std::string failure(std::string_view text) {
   return "";
 }
 
-TEST(Json, KeepsKeyOrder) { EXPECT_EQ(to_text(parse_json(R"({"b":1,"a":2})", "x")), R"({"b":1,"a":2})"); }
+TEST(Json, KeepsKeyOrder) {
+  EXPECT_EQ(to_text(parse_json(R"({"b":1,"a":2})", "x")), R"({"b":1,"a":2})");
+}
 
 TEST(Json, ReadsPythonNumbers) {
   const json value = parse_json(R"({"a": NaN, "b": [-Infinity, Infinity], "c": "NaN Infinity", "d": -1})", "x");
@@ -47,7 +49,9 @@ TEST(Json, RefusesDeepNesting) {
   EXPECT_EQ(failure(std::string(100000, '[')), "file.json: nested deeper than 512 levels");
 }
 
-TEST(Json, WritesInvalidUtf8AsReplacement) { EXPECT_EQ(to_text(json("a\xff")), "\"a\xEF\xBF\xBD\""); }
+TEST(Json, WritesInvalidUtf8AsReplacement) {
+  EXPECT_EQ(to_text(json("a\xff")), "\"a\xEF\xBF\xBD\"");
+}
 
 }  // namespace
 }  // namespace mlxlm

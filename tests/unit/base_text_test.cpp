@@ -1,8 +1,8 @@
 // UTF-8, globs, nearest names, files.
 #include <gtest/gtest.h>
 
-#include <filesystem>
 #include <unistd.h>
+#include <filesystem>
 
 #include "base/error.h"
 #include "base/files.h"
@@ -17,15 +17,21 @@ TEST(Utf8, HoldsBackIncompleteCharacters) {
   EXPECT_EQ(complete_utf8_prefix(fish), 5u);
   for (std::size_t n = 2; n < 5; ++n) EXPECT_EQ(complete_utf8_prefix(fish.substr(0, n)), 1u);
   EXPECT_EQ(complete_utf8_prefix(""), 0u);
-  EXPECT_EQ(complete_utf8_prefix("a\xff"), 2u);      // never valid: nothing to wait for
-  EXPECT_EQ(complete_utf8_prefix("\xE0\x80"), 2u);   // overlong
-  EXPECT_EQ(complete_utf8_prefix("\xED\xA0"), 2u);   // surrogate
+  EXPECT_EQ(complete_utf8_prefix("a\xff"), 2u);     // never valid: nothing to wait for
+  EXPECT_EQ(complete_utf8_prefix("\xE0\x80"), 2u);  // overlong
+  EXPECT_EQ(complete_utf8_prefix("\xED\xA0"), 2u);  // surrogate
 }
 
 TEST(Utf8, ReplacesLikePython) {
-  EXPECT_EQ(to_valid_utf8("a\xff" "b"), "a\xEF\xBF\xBD" "b");
-  EXPECT_EQ(to_valid_utf8("\xF0\x9F\x90"), "\xEF\xBF\xBD");          // one maximal part
-  EXPECT_EQ(to_valid_utf8("\xE2\x82" "x"), "\xEF\xBF\xBD" "x");
+  EXPECT_EQ(to_valid_utf8("a\xff"
+                          "b"),
+            "a\xEF\xBF\xBD"
+            "b");
+  EXPECT_EQ(to_valid_utf8("\xF0\x9F\x90"), "\xEF\xBF\xBD");  // one maximal part
+  EXPECT_EQ(to_valid_utf8("\xE2\x82"
+                          "x"),
+            "\xEF\xBF\xBD"
+            "x");
   EXPECT_EQ(to_valid_utf8("\xC0\xAF"), "\xEF\xBF\xBD\xEF\xBF\xBD");
 }
 

@@ -25,13 +25,20 @@ namespace fs = std::filesystem;
 json config_of(int kv_heads = 2, int layers = 3) {
   json kinds = json::array();
   for (int i = 0; i < layers; ++i) kinds.push_back(i == 1 ? "sliding_attention" : "full_attention");
-  return {{"model_type", "llama"},          {"hidden_size", 64}, {"intermediate_size", 64}, {"num_hidden_layers", layers}, {"num_attention_heads", 4},
-          {"num_key_value_heads", kv_heads}, {"head_dim", 32},    {"rms_norm_eps", 1e-5},    {"vocab_size", 16},            {"rope_theta", 1e4},
-          {"sliding_window", 8},            {"layer_types", kinds}};
+  return {{"model_type", "llama"},    {"hidden_size", 64},
+          {"intermediate_size", 64},  {"num_hidden_layers", layers},
+          {"num_attention_heads", 4}, {"num_key_value_heads", kv_heads},
+          {"head_dim", 32},           {"rms_norm_eps", 1e-5},
+          {"vocab_size", 16},         {"rope_theta", 1e4},
+          {"sliding_window", 8},      {"layer_types", kinds}};
 }
 
-arch::Model model_of(const json& config) { return arch::build(arch::Config(config)); }
-arch::Model model() { return model_of(config_of()); }
+arch::Model model_of(const json& config) {
+  return arch::build(arch::Config(config));
+}
+arch::Model model() {
+  return model_of(config_of());
+}
 
 mx::array rows(int tokens, int seed) {
   std::mt19937 random(seed);
@@ -143,7 +150,8 @@ TEST_F(PromptFile, BrokenFilesAreErrors) {
     std::ofstream(folder_ / "changed.safetensors", std::ios::binary) << bytes;
     return error();
   };
-  for (std::size_t size = 0; size < whole.size(); size += 1 + whole.size() / 60) EXPECT_FALSE(load(whole.substr(0, size)).empty()) << size << " bytes";
+  for (std::size_t size = 0; size < whole.size(); size += 1 + whole.size() / 60)
+    EXPECT_FALSE(load(whole.substr(0, size)).empty()) << size << " bytes";
   std::mt19937 random(1);
   for (int i = 0; i < 300; ++i) {
     auto bytes = whole;
@@ -187,7 +195,8 @@ TEST_F(PromptFile, HostileStatesAreRefused) {
   expect_error("offset");
   rewrite(number("0.2", 4));
   expect_error("have seen 4 and 5 tokens");
-  for (const auto& [path, value] : {std::pair("1.5", 6), {"1.5", 3}, {"1.3", 8}, {"1.4", 0}, {"1.4", 4000}, {"1.2", 4}, {"1.2", 99}, {"1.2", INT32_MAX}}) {
+  for (const auto& [path, value] :
+       {std::pair("1.5", 6), {"1.5", 3}, {"1.3", 8}, {"1.4", 0}, {"1.4", 4000}, {"1.2", 4}, {"1.2", 99}, {"1.2", INT32_MAX}}) {
     rewrite(number(path, value));
     EXPECT_NE(error(), "") << path << " = " << value;
   }

@@ -34,14 +34,18 @@ cpu::QuantizedRows quantized(const mx::array& x, int bits, int group) {
   return {parts[0], parts[1], parts[2], bits, group};
 }
 
-mx::array expanded(const cpu::QuantizedRows& r) { return mx::dequantize(r.packed, r.scales, r.biases, r.group_size, r.bits); }
+mx::array expanded(const cpu::QuantizedRows& r) {
+  return mx::dequantize(r.packed, r.scales, r.biases, r.group_size, r.bits);
+}
 
 double worst(const mx::array& a, const mx::array& b) {
   EXPECT_EQ(a.shape(), b.shape());
   return mx::max(mx::abs(mx::astype(a, mx::float32) - mx::astype(b, mx::float32))).item<float>();
 }
 
-bool same(const mx::array& a, const mx::array& b) { return a.dtype() == b.dtype() && mx::array_equal(a, b).item<bool>(); }
+bool same(const mx::array& a, const mx::array& b) {
+  return a.dtype() == b.dtype() && mx::array_equal(a, b).item<bool>();
+}
 
 TEST(QuantizedRows, ExpandAsMlxDoes) {
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
@@ -58,8 +62,8 @@ TEST(QuantizedAttention, IsAttentionOverTheExpandedRows) {
     int heads, kv_heads, tokens, keys, dims, window;
     float softcap;
   };
-  const Case cases[] = {{4, 2, 1, 1, 64, 0, 0},     {9, 3, 1, 65, 64, 0, 0},   {4, 1, 7, 64, 128, 0, 0},    {2, 2, 33, 130, 128, 9, 0},
-                        {6, 2, 1, 1100, 64, 0, 0},  {8, 2, 40, 700, 64, 0, 30}, {4, 4, 2, 600, 256, 100, 0}, {3, 1, 1, 17, 192, 0, 0}};
+  const Case cases[] = {{4, 2, 1, 1, 64, 0, 0},    {9, 3, 1, 65, 64, 0, 0},    {4, 1, 7, 64, 128, 0, 0},    {2, 2, 33, 130, 128, 9, 0},
+                        {6, 2, 1, 1100, 64, 0, 0}, {8, 2, 40, 700, 64, 0, 30}, {4, 4, 2, 600, 256, 100, 0}, {3, 1, 1, 17, 192, 0, 0}};
   int seed = 0;
   for (const auto& c : cases) {
     for (const int bits : {2, 3, 4, 6, 8}) {
@@ -70,7 +74,9 @@ TEST(QuantizedAttention, IsAttentionOverTheExpandedRows) {
         const auto v = quantized(noise({1, c.kv_heads, c.keys, c.dims}, ++seed, dtype), bits, 64);
         const cpu::AttentionOptions options{.scale = 1.f / std::sqrt(float(c.dims)), .window = c.window, .softcap = c.softcap};
         const auto got = cpu::attention(q, k, v, options);
-        const auto in_f32 = [](const cpu::QuantizedRows& r) { return expanded({r.packed, mx::astype(r.scales, mx::float32), mx::astype(r.biases, mx::float32), r.bits, r.group_size}); };
+        const auto in_f32 = [](const cpu::QuantizedRows& r) {
+          return expanded({r.packed, mx::astype(r.scales, mx::float32), mx::astype(r.biases, mx::float32), r.bits, r.group_size});
+        };
         const auto wanted = cpu::attention(mx::astype(q, mx::float32), in_f32(k), in_f32(v), options);
         EXPECT_LE(worst(got, wanted), dtype == mx::float32 ? 2e-5 : dtype == mx::float16 ? 4e-3 : 3e-2);
       }
@@ -99,7 +105,8 @@ TEST(QuantizedKvCache, HoldsWhatQuantizeGives) {
       const auto held = cache.update_quantized(keys.back(), values.back());
       const auto k = quantized(mx::concatenate(keys, 2), bits, 32), v = quantized(mx::concatenate(values, 2), bits, 32);
       for (const auto& [got, wanted] : {std::pair(held.keys, k), std::pair(held.values, v)}) {
-        EXPECT_TRUE(same(got.packed, wanted.packed) && same(got.scales, wanted.scales) && same(got.biases, wanted.biases)) << bits << " bits, call " << at;
+        EXPECT_TRUE(same(got.packed, wanted.packed) && same(got.scales, wanted.scales) && same(got.biases, wanted.biases))
+            << bits << " bits, call " << at;
       }
     }
     EXPECT_EQ(cache.offset(), 560);
@@ -168,8 +175,9 @@ TEST(QuantizeCaches, ConvertsWhenDue) {
 }
 
 TEST(QuantizeCaches, RefusesWhatCannotBe) {
-  json config{{"model_type", "llama"},     {"hidden_size", 160}, {"intermediate_size", 64}, {"num_hidden_layers", 1}, {"num_attention_heads", 2},
-              {"num_key_value_heads", 1}, {"rms_norm_eps", 1e-5}, {"vocab_size", 16},        {"rope_theta", 1e4}};
+  json config{{"model_type", "llama"},  {"hidden_size", 160},       {"intermediate_size", 64},
+              {"num_hidden_layers", 1}, {"num_attention_heads", 2}, {"num_key_value_heads", 1},
+              {"rms_norm_eps", 1e-5},   {"vocab_size", 16},         {"rope_theta", 1e4}};
   const auto check = [&](int bits, int group, int start = 0) {
     cache::check_quantization(arch::build(arch::Config(config)), {.bits = bits, .group_size = group, .start_tokens = start});
   };

@@ -10,8 +10,17 @@ namespace {
 
 Snapshot sound() {
   Snapshot s;
-  s.sequences.push_back({.id = 1, .running = true, .prompt_tokens = 4, .tokens = 6, .computed_tokens = 5, .generated_tokens = 2, .max_tokens = 10,
-                         .cache = 11, .held = {5, true, 50}, .reserved_bytes = 100, .reserved_tokens = 14});
+  s.sequences.push_back({.id = 1,
+                         .running = true,
+                         .prompt_tokens = 4,
+                         .tokens = 6,
+                         .computed_tokens = 5,
+                         .generated_tokens = 2,
+                         .max_tokens = 10,
+                         .cache = 11,
+                         .held = {5, true, 50},
+                         .reserved_bytes = 100,
+                         .reserved_tokens = 14});
   s.sequences.push_back({.id = 2, .running = false, .prompt_tokens = 3, .tokens = 3, .max_tokens = 5});
   s.waiting = {2};
   s.running = {1};

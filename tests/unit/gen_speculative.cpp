@@ -35,15 +35,18 @@ struct Result {
 };
 
 /** `stop_after` > 0: the callback ends it after so many tokens. */
-Result generate(model::CausalModel& model, const Tokens& prompt, const Options& options, cache::Caches* caches = nullptr, int stop_after = 0,
-                const text::Tokenizer& words = tokenizer()) {
+Result generate(model::CausalModel& model, const Tokens& prompt, const Options& options, cache::Caches* caches = nullptr,
+                int stop_after = 0, const text::Tokenizer& words = tokenizer()) {
   Result result;
-  result.last = gen::stream_generate(model, words, prompt, options, [&](const gen::Response& r) {
-    result.tokens.push_back(r.token);
-    result.text += r.text;
-    result.from_drafts += r.from_draft;
-    return static_cast<int>(result.tokens.size()) != stop_after;
-  }, caches);
+  result.last = gen::stream_generate(
+      model, words, prompt, options,
+      [&](const gen::Response& r) {
+        result.tokens.push_back(r.token);
+        result.text += r.text;
+        result.from_drafts += r.from_draft;
+        return static_cast<int>(result.tokens.size()) != stop_after;
+      },
+      caches);
   EXPECT_EQ(result.last.generation_tokens, static_cast<int>(result.tokens.size()));
   EXPECT_EQ(result.last.accepted_tokens, result.from_drafts);
   EXPECT_LE(result.last.accepted_tokens, result.last.drafted_tokens);
@@ -63,8 +66,9 @@ std::unique_ptr<model::CausalModel> tiny_model(const std::string& name, int more
   auto info = tests::load_golden(name).info;
   info["seed"] = info.at("seed").get<int>() + more_seed;
   auto made = tests::make_checkpoint(info.at("config"), info);
-  return model::make_model(std::move(made.description), std::move(made.tensors), made.quant,
-                           {.executor = graph ? model::Executor::graph : model::Executor::best, .adapters = {}, .quantize_activations = false});
+  return model::make_model(
+      std::move(made.description), std::move(made.tensors), made.quant,
+      {.executor = graph ? model::Executor::graph : model::Executor::best, .adapters = {}, .quantize_activations = false});
 }
 
 /** Drafts of the same model, of another one, and of the text itself. */
@@ -79,8 +83,10 @@ class Family : public testing::TestWithParam<std::string> {
     same_ = tiny_model(GetParam());
   }
   Options with(Options options, Source source) const {
-    if (source == Source::text) options.ngram_draft_tokens = 6;
-    else options.draft_model = source == Source::same ? same_.get() : other_.get();
+    if (source == Source::text)
+      options.ngram_draft_tokens = 6;
+    else
+      options.draft_model = source == Source::same ? same_.get() : other_.get();
     return options;
   }
   void expect_equal(const Tokens& prompt, const Options& options) {
@@ -125,7 +131,8 @@ TEST_P(Family, ItsOwnDraftsAreAllAccepted) {
 
 TEST_P(Family, ProcessorsSeeEachPositionsHistory) {
   Options options{.max_tokens = 24};
-  options.processors = {.logit_bias = {{3, 0.5f}, {9, -1.f}}, .repetition_penalty = 1.4f, .presence_penalty = 0.3f, .frequency_penalty = 0.2f};
+  options.processors = {
+      .logit_bias = {{3, 0.5f}, {9, -1.f}}, .repetition_penalty = 1.4f, .presence_penalty = 0.3f, .frequency_penalty = 0.2f};
   options.want_logprobs = true;
   expect_equal(prompt_, options);
 }
@@ -209,22 +216,27 @@ TEST(Speculative, Cancel) {
   int calls = 0;
   cache::Caches caches;
   const Options options{.max_tokens = -1, .cancel = &cancel, .draft_model = same.get()};
-  const auto last = gen::stream_generate(*model, tokenizer(), {5, 9}, options, [&](const gen::Response&) {
-    cancel = ++calls == 6;
-    return true;
-  }, &caches);
+  const auto last = gen::stream_generate(
+      *model, tokenizer(), {5, 9}, options,
+      [&](const gen::Response&) {
+        cancel = ++calls == 6;
+        return true;
+      },
+      &caches);
   EXPECT_EQ(last.finish, Finish::cancelled);
   EXPECT_EQ(calls, 7);
   for (const auto& c : caches) EXPECT_EQ(c->offset(), 9);
   cancel = true;
-  EXPECT_EQ(gen::stream_generate(*model, tokenizer(), {5, 9}, options, [](const gen::Response&) { return true; }).finish, Finish::cancelled);
+  EXPECT_EQ(gen::stream_generate(*model, tokenizer(), {5, 9}, options, [](const gen::Response&) { return true; }).finish,
+            Finish::cancelled);
 }
 
 TEST(Speculative, LogprobsAreTheModelsOwn) {
   const auto model = tiny_model("qwen3.f32"), other = tiny_model("qwen3.f32", 1);
   const auto logprobs = [&](model::CausalModel* draft) {
     std::vector<float> all;
-    gen::stream_generate(*model, tokenizer(), {5, 9, 2}, {.max_tokens = 12, .want_logprob = true, .want_logprobs = true, .draft_model = draft},
+    gen::stream_generate(*model, tokenizer(), {5, 9, 2},
+                         {.max_tokens = 12, .want_logprob = true, .want_logprobs = true, .draft_model = draft},
                          [&](const gen::Response& r) {
                            EXPECT_EQ(r.logprobs.at(r.token), r.logprob);
                            all.push_back(r.logprob);
@@ -351,13 +363,27 @@ TEST_P(Distribution, IsTheTargets) {
   options.sampler.seed = 11;
   options.sampler.temperature = 1.f;
   switch (GetParam()) {
-    case 1: options.sampler.temperature = 0.6f; break;
-    case 2: options.sampler.top_p = 0.8f; break;
-    case 3: options.sampler.top_k = 3; options.sampler.temperature = 1.5f; break;
-    case 4: options.sampler.min_p = 0.15f; break;
-    case 5: options.sampler.xtc_probability = 0.5f; break;
-    case 6: options.processors = {.logit_bias = {{2, 1.f}}, .presence_penalty = 2.f, .presence_context_size = 1}; break;
-    default: break;
+    case 1:
+      options.sampler.temperature = 0.6f;
+      break;
+    case 2:
+      options.sampler.top_p = 0.8f;
+      break;
+    case 3:
+      options.sampler.top_k = 3;
+      options.sampler.temperature = 1.5f;
+      break;
+    case 4:
+      options.sampler.min_p = 0.15f;
+      break;
+    case 5:
+      options.sampler.xtc_probability = 0.5f;
+      break;
+    case 6:
+      options.processors = {.logit_bias = {{2, 1.f}}, .presence_penalty = 2.f, .presence_context_size = 1};
+      break;
+    default:
+      break;
   }
   const auto wanted = wanted_table(target, options);
   const auto others = wanted_table(draft, options);

@@ -76,8 +76,7 @@ TEST(EagerMap, IsTheMatmulOfItsParts) {
 
 TEST(EagerMap, NoRows) {
   cpu::EagerMap map{{{packed(1, {16, 32}, 4, 32), {}}}, 16, 32};
-  cpu::eager_map(
-      map, 0, [](int, float*) { FAIL(); }, false, nullptr, 16);
+  cpu::eager_map(map, 0, [](int, float*) { FAIL(); }, false, nullptr, 16);
 }
 
 TEST(EagerGather, IsTheGatherOfItsParts) {

@@ -10,7 +10,9 @@ INSTANTIATE_TEST_SUITE_P(Kinds, Matmul, testing::ValuesIn(all_kinds()), [](const
 TEST_P(Matmul, EveryShapeAgreesWithDoubles) {
   const auto& kind = GetParam();
   // Rows that do and do not fill a panel of 16; K of one group, of an odd number of groups, of many.
-  const struct { int n, groups; } shapes[] = {{1, 1}, {16, 1}, {17, 3}, {50, 2}, {35, 5}};
+  const struct {
+    int n, groups;
+  } shapes[] = {{1, 1}, {16, 1}, {17, 3}, {50, 2}, {35, 5}};
   for (const auto& s : shapes) {
     const int k = s.groups * kind.group;
     const auto w = make(kind, {s.n, k}, 10 + s.n);

@@ -45,7 +45,10 @@ TEST(PackAffine, PartsWithScalesOfOtherDtypes) {
 
 /** Every code with every scale has MLX's value, and reads alike as a table and as a product with a unit vector. */
 TEST(PackFloat, EveryCodeAndScale) {
-  const struct { const char* mode; int bits, group; } kinds[] = {{"mxfp4", 4, 32}, {"mxfp8", 8, 32}, {"nvfp4", 4, 16}};
+  const struct {
+    const char* mode;
+    int bits, group;
+  } kinds[] = {{"mxfp4", 4, 32}, {"mxfp8", 8, 32}, {"nvfp4", 4, 16}};
   for (const auto& kind : kinds) {
     const int k = kind.bits == 8 ? 256 : 32, groups = k / kind.group, rows = 256;
     std::vector<uint8_t> bytes(rows * k * kind.bits / 8), scale_bytes(rows * groups);

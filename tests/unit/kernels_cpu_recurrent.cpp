@@ -81,8 +81,9 @@ TEST_P(Scan, GivesTheSameBitsInPieces) {
   for (const int most : {1, 2, 16}) EXPECT_EQ(run(most), whole) << "pieces of " << most;
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, Scan, testing::Values(ScanCase{1, 64, 128, true}, ScanCase{37, 5, 16, false}, ScanCase{19, 3, 7, true},
-                                                       ScanCase{21, 4, 219, true}, ScanCase{1, 1, 1, false}));
+INSTANTIATE_TEST_SUITE_P(Shapes, Scan,
+                         testing::Values(ScanCase{1, 64, 128, true}, ScanCase{37, 5, 16, false}, ScanCase{19, 3, 7, true},
+                                         ScanCase{21, 4, 219, true}, ScanCase{1, 1, 1, false}));
 
 TEST(Convolve, IsTheSumOfItsTaps) {
   constexpr int channels = 37, taps = 4;
@@ -100,11 +101,18 @@ TEST(Convolve, IsTheSumOfItsTaps) {
 
 struct Latent {
   static constexpr int heads = 3, latent = 40, more = 12, keys = 1200;
-  std::vector<float> q, k = noise(5, keys * latent), r = noise(6, keys * more);
+  std::vector<float> q, k = noise(5, keys* latent), r = noise(6, keys* more);
 
   explicit Latent(int tokens) : q(noise(7, int64_t(tokens) * heads * (latent + more))) {}
   cpu::LatentAttention call(int first, int count, int visible, int window, std::vector<float>& out) const {
-    return {q.data() + int64_t(first) * heads * (latent + more), out.data() + int64_t(first) * heads * latent, count, k.data(), r.data(), visible, window, {}};
+    return {q.data() + int64_t(first) * heads * (latent + more),
+            out.data() + int64_t(first) * heads * latent,
+            count,
+            k.data(),
+            r.data(),
+            visible,
+            window,
+            {}};
   }
   double value(int row, int visible, int window, int dim) const {
     const float* query = q.data() + int64_t(row) * (latent + more);
@@ -123,13 +131,15 @@ struct Latent {
 constexpr cpu::LatentShape latent_shape{Latent::heads, Latent::latent, Latent::more, 0.2f, cpu::Storage::f32};
 
 TEST(LatentAttention, IsAttentionOverBothParts) {
-  for (const auto& [tokens, visible, window] : std::vector<std::array<int, 3>>{{1, 1, 0}, {1, 1200, 0}, {1, 1200, 70}, {60, 900, 0}, {5, 3, 0}, {50, 600, 65}}) {
+  for (const auto& [tokens, visible, window] :
+       std::vector<std::array<int, 3>>{{1, 1, 0}, {1, 1200, 0}, {1, 1200, 70}, {60, 900, 0}, {5, 3, 0}, {50, 600, 65}}) {
     SCOPED_TRACE(testing::Message() << tokens << " tokens, " << visible << " keys, window " << window);
     const Latent l(tokens);
     std::vector<float> out(int64_t(tokens) * Latent::heads * Latent::latent);
     cpu::eager_latent_attention({l.call(0, tokens, visible, window, out)}, latent_shape);
     for (const int row : {0, tokens * Latent::heads - 1}) {
-      for (const int dim : {0, 39}) EXPECT_NEAR(out[int64_t(row) * Latent::latent + dim], l.value(row, visible + row / Latent::heads, window, dim), 1e-5);
+      for (const int dim : {0, 39})
+        EXPECT_NEAR(out[int64_t(row) * Latent::latent + dim], l.value(row, visible + row / Latent::heads, window, dim), 1e-5);
     }
   }
 }
@@ -172,7 +182,7 @@ TEST(QuantizeRow, IsMlxsQuantize) {
         SCOPED_TRACE(testing::Message() << name_of(dtype) << ", " << bits << " bits, groups of " << group);
         constexpr int rows = 5, dims = 256;
         auto values = noise(8, rows * dims, 3.f);
-        for (int i = 0; i < dims; ++i) values[i] = 0.f;              // a row of zeros
+        for (int i = 0; i < dims; ++i) values[i] = 0.f;            // a row of zeros
         for (int i = dims; i < 2 * dims; ++i) values[i] = -1.25f;  // and of one number
         const auto x = from(values, {rows, dims}, dtype);
         const auto wanted = mx::quantize(x, group, bits);

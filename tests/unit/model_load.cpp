@@ -14,10 +14,10 @@ namespace {
 using namespace tests;
 
 json tiny_config() {
-  return {{"model_type", "llama"},        {"hidden_size", 64},         {"num_hidden_layers", 1},
-          {"intermediate_size", 96},      {"vocab_size", 128},         {"num_attention_heads", 2},
-          {"num_key_value_heads", 1},     {"rms_norm_eps", 1e-5},      {"tie_word_embeddings", false},
-          {"bos_token_id", 1},            {"eos_token_id", 2}};
+  return {{"model_type", "llama"},    {"hidden_size", 64},    {"num_hidden_layers", 1},
+          {"intermediate_size", 96},  {"vocab_size", 128},    {"num_attention_heads", 2},
+          {"num_key_value_heads", 1}, {"rms_norm_eps", 1e-5}, {"tie_word_embeddings", false},
+          {"bos_token_id", 1},        {"eos_token_id", 2}};
 }
 
 class ModelLoad : public TempFolder {
@@ -35,7 +35,9 @@ struct Stored {
   std::vector<int64_t> shape;
 };
 
-int64_t bytes_of_dtype(const std::string& dtype) { return dtype == "F16" || dtype == "BF16" ? 2 : 4; }
+int64_t bytes_of_dtype(const std::string& dtype) {
+  return dtype == "F16" || dtype == "BF16" ? 2 : 4;
+}
 
 /** A .safetensors file whose data is a hole: zeros that no one had to write. Returns the bytes of the data. */
 int64_t write_hole(const fs::path& file, const std::vector<Stored>& tensors) {
@@ -81,7 +83,9 @@ std::vector<Stored> llama_tensors(const json& config, const std::string& dtype, 
   return all;
 }
 
-void ModelLoad::write_weights() const { write_hole(folder_ / "model.safetensors", llama_tensors(tiny_config(), "F32")); }
+void ModelLoad::write_weights() const {
+  write_hole(folder_ / "model.safetensors", llama_tensors(tiny_config(), "F32"));
+}
 
 std::vector<float> logits_of(CausalModel& model) {
   auto caches = cache::make_caches(model.description());
@@ -114,7 +118,8 @@ TEST_F(ModelLoad, GenerationConfig) {
   EXPECT_EQ(eos(R"({"eos_token_id": 7, "bos_token_id": 9, "temperature": 0.5})"), 7);
   EXPECT_EQ(eos(R"({"eos_token_id": [7, 8]})"), json({7, 8}));
   // As in Python, what counts as false does not replace.
-  for (const char* empty : {R"({"eos_token_id": null})", R"({"eos_token_id": []})", R"({"eos_token_id": 0})", R"({"eos_token_id": false})", "{}"}) {
+  for (const char* empty :
+       {R"({"eos_token_id": null})", R"({"eos_token_id": []})", R"({"eos_token_id": 0})", R"({"eos_token_id": false})", "{}"}) {
     EXPECT_EQ(eos(empty), 2) << empty;
   }
   for (const std::string broken : {"", "{", "[]", "3", "nonsense"}) EXPECT_EQ(eos(broken), 2) << broken;
@@ -227,8 +232,12 @@ class ModelMemory : public ModelLoad {
     logits_of(*load(folder_).model);  // threads and buffers that every process has once
     auto config = tiny_config();
     const int layers = bits == 4 ? 24 : bits == 8 ? 12 : dtype == "F32" ? 3 : 6;  // 200 to 240 MB
-    config.update({{"hidden_size", 1024}, {"intermediate_size", 4096}, {"vocab_size", 8192}, {"num_hidden_layers", layers},
-                   {"num_attention_heads", 16}, {"num_key_value_heads", 8}});
+    config.update({{"hidden_size", 1024},
+                   {"intermediate_size", 4096},
+                   {"vocab_size", 8192},
+                   {"num_hidden_layers", layers},
+                   {"num_attention_heads", 16},
+                   {"num_key_value_heads", 8}});
     if (bits > 0) config["quantization"] = {{"group_size", 64}, {"bits", bits}};
     write_config(config);
     const auto bytes = write_hole(folder_ / "model.safetensors", llama_tensors(config, dtype, bits));
@@ -239,10 +248,18 @@ class ModelMemory : public ModelLoad {
   }
 };
 
-TEST_F(ModelMemory, PeakOfHalves) { expect_peak("F16", 0); }
-TEST_F(ModelMemory, PeakOfFloats) { expect_peak("F32", 0); }
-TEST_F(ModelMemory, PeakOf8Bits) { expect_peak("F16", 8); }
-TEST_F(ModelMemory, PeakOf4Bits) { expect_peak("F16", 4); }
+TEST_F(ModelMemory, PeakOfHalves) {
+  expect_peak("F16", 0);
+}
+TEST_F(ModelMemory, PeakOfFloats) {
+  expect_peak("F32", 0);
+}
+TEST_F(ModelMemory, PeakOf8Bits) {
+  expect_peak("F16", 8);
+}
+TEST_F(ModelMemory, PeakOf4Bits) {
+  expect_peak("F16", 4);
+}
 
 }  // namespace
 }  // namespace mlxlm::model

@@ -26,7 +26,8 @@ mx::array by_operations(mx::array x, const mx::array& key, const cpu::DrawOption
   if (o.top_p > 0.f && o.top_p < 1.f) x = apply_top_p(x, o.top_p);
   if (o.min_p != 0.f) x = apply_min_p(x, o.min_p, 1);
   if (o.top_k > 0) x = apply_top_k(x, o.top_k);
-  return mx::astype(mx::random::categorical(x * mx::array(static_cast<float>(1.0 / static_cast<double>(o.temperature))), -1, key), mx::int32);
+  return mx::astype(mx::random::categorical(x * mx::array(static_cast<float>(1.0 / static_cast<double>(o.temperature))), -1, key),
+                    mx::int32);
 }
 
 class Draw : public testing::TestWithParam<std::tuple<int, cpu::DrawOptions>> {};
@@ -44,12 +45,13 @@ TEST_P(Draw, IsMlxs) {
   }
   EXPECT_LE(differ, vocab < 100 ? 0 : 1);
 }
-INSTANTIATE_TEST_SUITE_P(Options, Draw,
-                         testing::Combine(testing::Values(1, 2, 7, 33, 1024, 5001),
-                                          testing::Values(cpu::DrawOptions{}, cpu::DrawOptions{.temperature = 0.3f}, cpu::DrawOptions{.temperature = 5.f},
-                                                          cpu::DrawOptions{.top_p = 0.9f}, cpu::DrawOptions{.top_p = 0.01f}, cpu::DrawOptions{.top_p = 0.999f},
-                                                          cpu::DrawOptions{.min_p = 0.05f}, cpu::DrawOptions{.top_k = 1}, cpu::DrawOptions{.top_k = 40},
-                                                          cpu::DrawOptions{.temperature = 0.8f, .top_p = 0.95f, .min_p = 0.01f, .top_k = 20})));
+INSTANTIATE_TEST_SUITE_P(
+    Options, Draw,
+    testing::Combine(testing::Values(1, 2, 7, 33, 1024, 5001),
+                     testing::Values(cpu::DrawOptions{}, cpu::DrawOptions{.temperature = 0.3f}, cpu::DrawOptions{.temperature = 5.f},
+                                     cpu::DrawOptions{.top_p = 0.9f}, cpu::DrawOptions{.top_p = 0.01f}, cpu::DrawOptions{.top_p = 0.999f},
+                                     cpu::DrawOptions{.min_p = 0.05f}, cpu::DrawOptions{.top_k = 1}, cpu::DrawOptions{.top_k = 40},
+                                     cpu::DrawOptions{.temperature = 0.8f, .top_p = 0.95f, .min_p = 0.01f, .top_k = 20})));
 
 /** Each token as often as its probability says: three standard deviations of 20000 draws. */
 TEST(Draw, FollowsTheProbabilities) {
@@ -69,7 +71,8 @@ TEST(Draw, FollowsTheProbabilities) {
 TEST(Draw, NeverTakesWhatIsForbidden) {
   const float no = -std::numeric_limits<float>::infinity();
   const auto x = mx::array({no, 0.f, no, no}, {1, 4});
-  for (const auto& options : {cpu::DrawOptions{}, cpu::DrawOptions{.top_p = 0.5f}, cpu::DrawOptions{.min_p = 0.5f}, cpu::DrawOptions{.top_k = 3}}) {
+  for (const auto& options :
+       {cpu::DrawOptions{}, cpu::DrawOptions{.top_p = 0.5f}, cpu::DrawOptions{.min_p = 0.5f}, cpu::DrawOptions{.top_k = 3}}) {
     for (uint64_t seed = 0; seed < 20; ++seed) EXPECT_EQ(cpu::draw(x, mx::random::key(seed), options).item<int>(), 1);
   }
 }

@@ -45,7 +45,8 @@ void refuse(const Tensors& tensors, const std::vector<std::string>& parts, const
 }
 
 TEST(WeightCheck, AFittingCheckpoint) {
-  for (const auto dtype : {mx::float32, mx::float16, mx::bfloat16}) EXPECT_TRUE(check(plain_tensors(tiny(), dtype), tiny(), {}, "here").empty());
+  for (const auto dtype : {mx::float32, mx::float16, mx::bfloat16})
+    EXPECT_TRUE(check(plain_tensors(tiny(), dtype), tiny(), {}, "here").empty());
   EXPECT_TRUE(check(plain_tensors(tiny()), tiny(), global_4, "here").empty()) << "quantization is what the tensors say";
 }
 
@@ -61,7 +62,8 @@ TEST(WeightCheck, Missing) {
 TEST(WeightCheck, LeftOver) {
   auto tensors = plain_tensors(tiny());
   tensors.emplace(q_proj + ".bias", mx::zeros({64}));
-  refuse(tensors, {"here: got tensors that the model does not have: " + q_proj + ".bias; nearest to the first that is known: ", q_proj + ".weight"});
+  refuse(tensors,
+         {"here: got tensors that the model does not have: " + q_proj + ".bias; nearest to the first that is known: ", q_proj + ".weight"});
   for (int i = 0; i < 50; ++i) tensors.emplace("extra" + std::to_string(i), mx::zeros({1}));
   refuse(tensors, {"does not have: extra0, extra1, extra10 and 48 more"});
   auto hostile = plain_tensors(tiny());

@@ -15,10 +15,18 @@ using namespace tests;
 
 enum Type : uint32_t { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, BF16 = 30 };
 
-std::string text(const std::string& s) { return bytes_of<uint64_t>(s.size()) + s; }
-std::string pair(const std::string& key, uint32_t value) { return text(key) + bytes_of<uint32_t>(4) + bytes_of(value); }
-std::string pair(const std::string& key, float value) { return text(key) + bytes_of<uint32_t>(6) + bytes_of(value); }
-std::string pair(const std::string& key, const std::string& value) { return text(key) + bytes_of<uint32_t>(8) + text(value); }
+std::string text(const std::string& s) {
+  return bytes_of<uint64_t>(s.size()) + s;
+}
+std::string pair(const std::string& key, uint32_t value) {
+  return text(key) + bytes_of<uint32_t>(4) + bytes_of(value);
+}
+std::string pair(const std::string& key, float value) {
+  return text(key) + bytes_of<uint32_t>(6) + bytes_of(value);
+}
+std::string pair(const std::string& key, const std::string& value) {
+  return text(key) + bytes_of<uint32_t>(8) + text(value);
+}
 std::string list_head(const std::string& key, uint32_t type, uint64_t count) {
   return text(key) + bytes_of<uint32_t>(9) + bytes_of(type) + bytes_of(count);
 }
@@ -119,9 +127,14 @@ std::vector<float> values_of(const Tensors& tensors, const std::string& module, 
 }
 
 std::vector<std::string> llama_pairs() {
-  return {pair("general.architecture", std::string("llama")), pair("llama.embedding_length", 32u), pair("llama.block_count", 1u),
-          pair("llama.feed_forward_length", 64u), pair("llama.attention.head_count", 2u), pair("llama.attention.head_count_kv", 1u),
-          pair("llama.attention.layer_norm_rms_epsilon", 1e-5f), pair("llama.rope.freq_base", 5e5f)};
+  return {pair("general.architecture", std::string("llama")),
+          pair("llama.embedding_length", 32u),
+          pair("llama.block_count", 1u),
+          pair("llama.feed_forward_length", 64u),
+          pair("llama.attention.head_count", 2u),
+          pair("llama.attention.head_count_kv", 1u),
+          pair("llama.attention.layer_norm_rms_epsilon", 1e-5f),
+          pair("llama.rope.freq_base", 5e5f)};
 }
 
 class GgufFile : public TempFolder {
@@ -224,7 +237,8 @@ TEST_F(GgufFile, QueriesAndKeysOfLlamaChangeTheirRows) {
   for (int row = 0; row < 8; ++row) {
     for (int i = 0; i < 32; ++i) EXPECT_EQ(all[row * 32 + i], wanted[file_row(row, 8, 2) * 32 + i]) << row;
   }
-  EXPECT_EQ(values_of(t.at("model.layers.0.self_attn.k_proj.weight")), (std::vector<float>{0.5f, 0.75f, 1.5f, 1.75f, 1.f, 1.25f, 2.f, 2.25f}));
+  EXPECT_EQ(values_of(t.at("model.layers.0.self_attn.k_proj.weight")),
+            (std::vector<float>{0.5f, 0.75f, 1.5f, 1.75f, 1.f, 1.25f, 2.f, 2.25f}));
   EXPECT_EQ(values_of(t.at("model.layers.0.self_attn.k_proj.bias")), (std::vector<float>{0.5f, 1.f, 0.75f, 1.25f}));
   EXPECT_EQ(values_of(t.at("model.layers.0.self_attn.v_proj.weight"))[2], 1.f);
 }
@@ -249,9 +263,14 @@ TEST_F(GgufFile, Config) {
 TEST_F(GgufFile, EveryKindOfMetadata) {
   const auto raw = [](const std::string& key, uint32_t type, const std::string& bytes) { return text(key) + bytes_of(type) + bytes; };
   file.pairs = {raw("general.architecture", 8, text("llama")),
-                raw("u8", 0, bytes_of<uint8_t>(255)), raw("i8", 1, bytes_of<int8_t>(-1)), raw("u16", 2, bytes_of<uint16_t>(65535)),
-                raw("i16", 3, bytes_of<int16_t>(-2)), raw("bool", 7, bytes_of<uint8_t>(1)), raw("u64", 10, bytes_of(UINT64_MAX)),
-                raw("i64", 11, bytes_of(INT64_MIN)), raw("f64", 12, bytes_of(0.1)),
+                raw("u8", 0, bytes_of<uint8_t>(255)),
+                raw("i8", 1, bytes_of<int8_t>(-1)),
+                raw("u16", 2, bytes_of<uint16_t>(65535)),
+                raw("i16", 3, bytes_of<int16_t>(-2)),
+                raw("bool", 7, bytes_of<uint8_t>(1)),
+                raw("u64", 10, bytes_of(UINT64_MAX)),
+                raw("i64", 11, bytes_of(INT64_MIN)),
+                raw("f64", 12, bytes_of(0.1)),
                 raw("lists", 9, bytes_of<uint32_t>(9) + bytes_of<uint64_t>(1) + bytes_of<uint32_t>(0) + bytes_of<uint64_t>(2) + "\1\2")};
   const auto usual = llama_pairs();
   file.pairs.insert(file.pairs.end(), usual.begin() + 1, usual.end());
@@ -324,7 +343,13 @@ TEST_F(GgufFile, BadTensors) {
     refuse(code, {t.name, message});
   };
   const std::string up = "blk.0.ffn_up.weight", data(64, '\0');
-  for (const auto& [type, name] : {std::pair{6u, "Q5_0"}, {7u, "Q5_1"}, {10u, "Q2_K"}, {12u, "Q4_K"}, {14u, "Q6_K"}, {31u, "type 31"}, {UINT32_MAX, "type 4294967295"}}) {
+  for (const auto& [type, name] : {std::pair{6u, "Q5_0"},
+                                   {7u, "Q5_1"},
+                                   {10u, "Q2_K"},
+                                   {12u, "Q4_K"},
+                                   {14u, "Q6_K"},
+                                   {31u, "type 31"},
+                                   {UINT32_MAX, "type 4294967295"}}) {
     refuse_tensor({up, type, {1, 32}, data}, std::string("got ") + name + ", wanted F32, F16, BF16, Q4_0, Q4_1 or Q8_0", Code::unsupported);
   }
   refuse_tensor({up, F32, {}, data}, "got 0 axes, wanted 1 to 4");
@@ -364,8 +389,13 @@ TEST_F(GgufFile, BadOffsets) {
 TEST_F(GgufFile, BadHeadCounts) {
   file.tensors = {{"blk.0.attn_q.weight", F32, {4, 1}, floats(4)}};
   const auto raw = [](uint32_t type, const std::string& bytes) { return text("llama.attention.head_count") + bytes_of(type) + bytes; };
-  for (const auto& [type, bytes] : {std::pair{4u, bytes_of(0u)}, {5u, bytes_of(-2)}, {10u, bytes_of(uint64_t(1) << 32)}, {10u, bytes_of(UINT64_MAX)},
-                                    {11u, bytes_of(INT64_MIN)}, {4u, bytes_of(1u << 30)}, {6u, bytes_of(2.f)}}) {
+  for (const auto& [type, bytes] : {std::pair{4u, bytes_of(0u)},
+                                    {5u, bytes_of(-2)},
+                                    {10u, bytes_of(uint64_t(1) << 32)},
+                                    {10u, bytes_of(UINT64_MAX)},
+                                    {11u, bytes_of(INT64_MIN)},
+                                    {4u, bytes_of(1u << 30)},
+                                    {6u, bytes_of(2.f)}}) {
     file.pairs[4] = raw(type, bytes);
     refuse(Code::bad_weights, {"num_attention_heads: got "});
   }

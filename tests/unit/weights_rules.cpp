@@ -21,7 +21,9 @@ std::vector<std::string> names(const Tensors& tensors) {
 
 using Names = std::vector<std::string>;
 
-mx::array number(float value) { return mx::array(value); }
+mx::array number(float value) {
+  return mx::array(value);
+}
 
 bool same(const mx::array& a, const mx::array& b) {
   return a.dtype() == b.dtype() && a.shape() == b.shape() && mx::array_equal(a, b).item<bool>();
@@ -42,7 +44,9 @@ Tensors applied(Tensors tensors, const arch::Model& model) {
   for (const auto& [name, value] : tensors) EXPECT_TRUE(again.contains(name) && same(again.at(name), value)) << name;
   return tensors;
 }
-Tensors applied(Tensors tensors, const Rule& rule) { return applied(std::move(tensors), with({rule})); }
+Tensors applied(Tensors tensors, const Rule& rule) {
+  return applied(std::move(tensors), with({rule}));
+}
 
 TEST(WeightRules, Drop) {
   const auto got = applied({{"mtp.a", number(1)}, {"xmtp.a", number(2)}, {"model.rotary_emb.inv_freq", number(3)}},
@@ -51,7 +55,8 @@ TEST(WeightRules, Drop) {
 }
 
 TEST(WeightRules, Rename) {
-  const auto got = applied({{"a.1.w", number(1)}, {"a.1.2.w", number(2)}, {"b.w", number(3)}, {"a..w", number(4)}}, {Rule::rename, "a.*.w", "c.*.v"});
+  const auto got =
+      applied({{"a.1.w", number(1)}, {"a.1.2.w", number(2)}, {"b.w", number(3)}, {"a..w", number(4)}}, {Rule::rename, "a.*.w", "c.*.v"});
   EXPECT_EQ(names(got), (Names{"b.w", "c..v", "c.1.2.v", "c.1.v"}));
   EXPECT_EQ(got.at("c.1.2.v").item<float>(), 2.f);
 }
@@ -63,14 +68,16 @@ TEST(WeightRules, RenameTakesAsLittleAsItCan) {
 
 TEST(WeightRules, RenameOntoAnother) {
   Tensors tensors = {{"a.w", number(1)}, {"b.w", number(2)}};
-  expect_error(Code::bad_weights, {"b.w: stands for b.w, which is there too"}, [&] { apply_rules(tensors, with({{Rule::rename, "a.*", "b.*"}})); });
+  expect_error(Code::bad_weights, {"b.w: stands for b.w, which is there too"},
+               [&] { apply_rules(tensors, with({{Rule::rename, "a.*", "b.*"}})); });
 }
 
 TEST(WeightRules, StripPrefix) {
   const auto got = applied({{"model.a", number(1)}, {"b.model.c", number(2)}}, {Rule::strip_prefix, "model."});
   EXPECT_EQ(names(got), (Names{"a", "b.model.c"}));
   Tensors both = {{"model.a", number(1)}, {"a", number(2)}};
-  expect_error(Code::bad_weights, {"model.a: stands for a, which is there too"}, [&] { apply_rules(both, with({{Rule::strip_prefix, "model."}})); });
+  expect_error(Code::bad_weights, {"model.a: stands for a, which is there too"},
+               [&] { apply_rules(both, with({{Rule::strip_prefix, "model."}})); });
 }
 
 const Rule stack_experts{Rule::stack, "*.experts.{e}.*", "*.switch_mlp.*"};
@@ -105,8 +112,12 @@ TEST(WeightRules, StackGapsAndContradictions) {
 TEST(WeightRules, Conv) {
   const Rule rule{Rule::conv_ncl_to_nlc, "*.conv1d.weight"};
   const auto stored = mx::reshape(mx::arange(12), {3, 1, 4});
-  const auto got = applied({{"m.conv1d.weight", stored}, {"m.conv1d.bias", stored}, {"n.conv1d.weight", mx::zeros({3, 1, 1})},
-                            {"o.conv1d.weight", mx::zeros({3, 4, 1})}, {"p.conv1d.weight", mx::zeros({3, 2, 4})}, {"q.conv1d.weight", mx::zeros({3})}},
+  const auto got = applied({{"m.conv1d.weight", stored},
+                            {"m.conv1d.bias", stored},
+                            {"n.conv1d.weight", mx::zeros({3, 1, 1})},
+                            {"o.conv1d.weight", mx::zeros({3, 4, 1})},
+                            {"p.conv1d.weight", mx::zeros({3, 2, 4})},
+                            {"q.conv1d.weight", mx::zeros({3})}},
                            rule);
   EXPECT_TRUE(same(got.at("m.conv1d.weight"), mx::reshape(mx::arange(12), {3, 4, 1})));
   EXPECT_EQ(got.at("m.conv1d.bias").shape(), (mx::Shape{3, 1, 4}));
@@ -118,12 +129,15 @@ TEST(WeightRules, DequantBlocks) {
   const Rule rule{Rule::dequant_blocks, "*.weight"};
   const auto packed = mx::to_fp8(mx::full({130, 256}, 2.f));  // the second row of blocks is padded
   const auto scales = mx::array({1.f, 2.f, 3.f, 4.f}, {2, 2});
-  const auto got = applied({{"a.weight", packed}, {"a.weight_scale_inv", scales}, {"b.weight", packed}, {"c.bias_scale_inv", scales}}, rule);
+  const auto got =
+      applied({{"a.weight", packed}, {"a.weight_scale_inv", scales}, {"b.weight", packed}, {"c.bias_scale_inv", scales}}, rule);
   EXPECT_EQ(names(got), (Names{"a.weight", "b.weight", "c.bias_scale_inv"}));
   const auto& w = got.at("a.weight");
   EXPECT_EQ(w.dtype(), mx::bfloat16);
   EXPECT_EQ(w.shape(), (mx::Shape{130, 256}));
-  const auto at = [&](int row, int column) { return mx::astype(mx::slice(w, {row, column}, {row + 1, column + 1}), mx::float32).item<float>(); };
+  const auto at = [&](int row, int column) {
+    return mx::astype(mx::slice(w, {row, column}, {row + 1, column + 1}), mx::float32).item<float>();
+  };
   EXPECT_EQ(at(0, 0), 2.f);
   EXPECT_EQ(at(127, 128), 4.f);
   EXPECT_EQ(at(128, 127), 6.f);
@@ -159,7 +173,8 @@ const std::string attention = "model.layers.0.self_attn.";
 TEST(WeightRules, AbsorbMla) {
   const auto w = mx::reshape(mx::astype(mx::arange(2 * 96 * 32), mx::float32), {192, 32});
   const auto got = applied({{attention + "kv_b_proj.weight", w}, {"model.layers.7.self_attn.kv_b_proj.weight", w}}, mla_model());
-  EXPECT_EQ(names(got), (Names{attention + "embed_q.weight", attention + "unembed_out.weight", "model.layers.7.self_attn.kv_b_proj.weight"}));
+  EXPECT_EQ(names(got),
+            (Names{attention + "embed_q.weight", attention + "unembed_out.weight", "model.layers.7.self_attn.kv_b_proj.weight"}));
   const auto heads = mx::reshape(w, {2, 96, 32});
   EXPECT_TRUE(same(got.at(attention + "embed_q.weight"), mx::swapaxes(mx::slice(heads, {0, 0, 0}, {2, 32, 32}), 1, 2)));
   EXPECT_TRUE(same(got.at(attention + "unembed_out.weight"), mx::slice(heads, {0, 32, 0}, {2, 96, 32})));
@@ -207,8 +222,9 @@ TEST(WeightRules, HostileNamesAreFast) {
     tensors.emplace(name + ".weight_scale_inv", number(0));
   }
   auto model = mla_model(0);
-  for (auto rule : {Rule{Rule::drop, "*a*b*c*d*"}, Rule{Rule::rename, "*.experts.*.experts.*!", "*1*2*3"}, Rule{Rule::stack, "*.experts.{e}.*!", "*.*"},
-                    Rule{Rule::stack, "*{e}*{e}*{e}!", "***"}, Rule{Rule::conv_ncl_to_nlc, "*0*0*0*1"}, Rule{Rule::dequant_blocks, "*.weight"}}) {
+  for (auto rule :
+       {Rule{Rule::drop, "*a*b*c*d*"}, Rule{Rule::rename, "*.experts.*.experts.*!", "*1*2*3"}, Rule{Rule::stack, "*.experts.{e}.*!", "*.*"},
+        Rule{Rule::stack, "*{e}*{e}*{e}!", "***"}, Rule{Rule::conv_ncl_to_nlc, "*0*0*0*1"}, Rule{Rule::dequant_blocks, "*.weight"}}) {
     model.rules.push_back(rule);
   }
   const auto start = std::chrono::steady_clock::now();

@@ -33,7 +33,8 @@ class Safetensors : public TempFolder {
 };
 
 std::string entry(const std::string& dtype, const std::string& shape, uint64_t begin, uint64_t end) {
-  return R"({"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":[)" + std::to_string(begin) + "," + std::to_string(end) + "]}";
+  return R"({"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":[)" + std::to_string(begin) + "," + std::to_string(end) +
+         "]}";
 }
 
 template <class T>
@@ -49,7 +50,8 @@ void expect_dtype(const fs::path& folder, const std::string& name, mx::Dtype dty
   const std::string data = bytes_of(values);
   // One byte of padding in the header: the data of odd headers is not aligned, and must read the same.
   for (const char* padding : {"", " ", "       "}) {
-    std::ofstream(file, std::ios::binary) << safetensors(R"({"t":)" + entry(name, "[1," + std::to_string(values.size()) + "]", 0, data.size()) + "}" + padding, data);
+    std::ofstream(file, std::ios::binary) << safetensors(
+        R"({"t":)" + entry(name, "[1," + std::to_string(values.size()) + "]", 0, data.size()) + "}" + padding, data);
     const auto loaded = load_safetensors(file);
     ASSERT_EQ(loaded.tensors.size(), 1u) << name;
     EXPECT_EQ(loaded.tensors.at("t").shape(), (mx::Shape{1, static_cast<int>(values.size())}));
@@ -106,9 +108,8 @@ TEST_F(Safetensors, ArraysOutliveTheFileAndAreNotWrittenTo) {
 }
 
 TEST_F(Safetensors, SavedFilesReadBack) {
-  const Tensors tensors = {{"a", mx::astype(mx::arange(6), mx::float16)},
-                           {"b", mx::transpose(mx::reshape(mx::arange(6), {2, 3}))},
-                           {"c", mx::array(true)}};
+  const Tensors tensors = {
+      {"a", mx::astype(mx::arange(6), mx::float16)}, {"b", mx::transpose(mx::reshape(mx::arange(6), {2, 3}))}, {"c", mx::array(true)}};
   const auto file = folder_ / "out.safetensors";
   save_safetensors(file, tensors, {{"format", "mlx"}});
   const auto loaded = load_safetensors(file);
@@ -123,7 +124,9 @@ TEST_F(Safetensors, SavedFilesReadBack) {
 }
 
 TEST_F(Safetensors, Folders) {
-  const auto one = [](const std::string& name, float value) { return safetensors(R"({")" + name + R"(":)" + entry("F32", "[]", 0, 4) + "}", bytes_of(value)); };
+  const auto one = [](const std::string& name, float value) {
+    return safetensors(R"({")" + name + R"(":)" + entry("F32", "[]", 0, 4) + "}", bytes_of(value));
+  };
   expect_error(Code::not_found, {folder_.string(), "got no model*.safetensors"}, [&] { load_folder(folder_); });
   expect_error(Code::not_found, {"got no model*.safetensors"}, [&] { load_folder(folder_ / "absent"); });
   write("adapters.safetensors", one("z", 0));  // not a part of the model
@@ -203,8 +206,8 @@ TEST_F(Safetensors, BadHeader) {
 }
 
 TEST_F(Safetensors, BadEntries) {
-  for (const std::string value : {"3", "null", "[]", "\"F32\"", "{}", R"({"dtype":"F32","shape":[2]})", R"({"dtype":"F32","data_offsets":[0,8]})",
-                                  R"({"shape":[2],"data_offsets":[0,8]})"}) {
+  for (const std::string value : {"3", "null", "[]", "\"F32\"", "{}", R"({"dtype":"F32","shape":[2]})",
+                                  R"({"dtype":"F32","data_offsets":[0,8]})", R"({"shape":[2],"data_offsets":[0,8]})"}) {
     refuse_entry(value, {"wanted dtype, shape and data_offsets"});
   }
   refuse_entry(R"({"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]})", {"dtype stands twice"});

@@ -24,7 +24,8 @@ class TempFolder : public ::testing::Test {
  protected:
   void SetUp() override {
     const auto* info = ::testing::UnitTest::GetInstance()->current_test_info();
-    folder_ = fs::temp_directory_path() / (std::string("mlxlm_") + info->test_suite_name() + "_" + info->name() + std::to_string(::getpid()));
+    folder_ =
+        fs::temp_directory_path() / (std::string("mlxlm_") + info->test_suite_name() + "_" + info->name() + std::to_string(::getpid()));
     fs::create_directories(folder_);
   }
   void TearDown() override {
@@ -49,7 +50,9 @@ std::string bytes_of(const std::vector<T>& values) {
 }
 
 /** A .safetensors file with any header. */
-inline std::string safetensors(const std::string& header, const std::string& data) { return bytes_of<uint64_t>(header.size()) + header + data; }
+inline std::string safetensors(const std::string& header, const std::string& data) {
+  return bytes_of<uint64_t>(header.size()) + header + data;
+}
 
 /** Sanitizers multiply times and keep memory of their own. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -59,7 +62,9 @@ inline constexpr bool sanitized = false;
 #endif
 
 /** A bound that tells linear from quadratic on any machine. */
-inline std::chrono::seconds bound(int seconds) { return std::chrono::seconds(sanitized ? 40 * seconds : seconds); }
+inline std::chrono::seconds bound(int seconds) {
+  return std::chrono::seconds(sanitized ? 40 * seconds : seconds);
+}
 
 /** One line with every part in it, from an Error with this code. */
 template <class Act>

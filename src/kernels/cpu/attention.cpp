@@ -86,7 +86,9 @@ mx::array with_plain_rows(const mx::array& a) {
   return copy;
 }
 
-mx::array with_dtype(const mx::array& a, mx::Dtype dtype) { return a.dtype() == dtype ? a : mx::astype(a, dtype); }
+mx::array with_dtype(const mx::array& a, mx::Dtype dtype) {
+  return a.dtype() == dtype ? a : mx::astype(a, dtype);
+}
 
 }  // namespace
 
@@ -100,7 +102,8 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, 
   storage_of(k.dtype());
   return make_kernel("Attention", {q.shape(0), q.shape(2), q.shape(1), v.shape(3)}, q.dtype(), {q, k, with_dtype(v, k.dtype())},
                      [options](const auto& in, auto& out) {
-                       const std::vector<mx::array> plain{mx::array::unsafe_weak_copy(in[0]), with_plain_rows(in[1]), with_plain_rows(in[2])};
+                       const std::vector<mx::array> plain{mx::array::unsafe_weak_copy(in[0]), with_plain_rows(in[1]),
+                                                          with_plain_rows(in[2])};
                        Runner(plain, out[0], options).run();
                      });
 }

@@ -158,9 +158,10 @@ std::vector<int> by_expert(const int* experts, int total) {
   return order;
 }
 
-/** Rows of `a` in order of their experts, each expert's weights read once for 64 of them; results go to out[order[i]]. `one_row`: all use row 0. */
-void multiply_experts(const PackedMatrix& w, const Activations& a, const std::vector<int>& order, const int* experts, bool one_row, float* out,
-                      int64_t ld_out) {
+/** Rows of `a` in order of their experts, each expert's weights read once for 64 of them; results go to out[order[i]]. `one_row`: all use
+ * row 0. */
+void multiply_experts(const PackedMatrix& w, const Activations& a, const std::vector<int>& order, const int* experts, bool one_row,
+                      float* out, int64_t ld_out) {
   constexpr int m_block = 64;
   struct Run {
     int expert, first, count;
@@ -169,11 +170,14 @@ void multiply_experts(const PackedMatrix& w, const Activations& a, const std::ve
   for (int i = 0; i < static_cast<int>(order.size()); ++i) {
     const int expert = std::clamp(experts[order[i]], 0, w.matrices - 1);
     const bool more = !one_row && !runs.empty() && runs.back().expert == expert && runs.back().count < m_block;
-    if (more) ++runs.back().count;
-    else runs.push_back({expert, i, 1});
+    if (more)
+      ++runs.back().count;
+    else
+      runs.push_back({expert, i, 1});
   }
   const int panels = w.panel_count(), threads = compute_pool().threads(), count = static_cast<int>(runs.size());
-  const int pieces = std::clamp(threads * 6 / count, 1, panels), grain = std::max(1, std::min((panels + pieces - 1) / pieces, count > 1 && order.size() > 64 ? 8 : panels));
+  const int pieces = std::clamp(threads * 6 / count, 1, panels),
+            grain = std::max(1, std::min((panels + pieces - 1) / pieces, count > 1 && order.size() > 64 ? 8 : panels));
   const int chunks = (panels + grain - 1) / grain;
   in_parallel(chunks * count, [&](int task) {
     const auto& run = runs[task / chunks];

@@ -1,4 +1,5 @@
-// The same kernels on plain rows of floats, run at once: what the fused executor is made of. Thread: one at a time (they share scratch memory).
+// The same kernels on plain rows of floats, run at once: what the fused executor is made of. Thread: one at a time (they share scratch
+// memory).
 #pragma once
 
 #include <cstdint>
@@ -46,8 +47,8 @@ void eager_map(const EagerMap& map, int m, const RowSource& source, bool exact, 
 
 /** Experts: token t's j-th choice is experts[t * top_k + j]. `source` makes rows 0..m-1 ([m] tokens, or [m * top_k] when per_choice).
  *  out [m * top_k, out_dims]. */
-void eager_gather(const EagerMap& map, int m, int top_k, const int* experts, bool per_choice, const RowSource& source, bool exact, float* out,
-                  int64_t ld_out);
+void eager_gather(const EagerMap& map, int m, int top_k, const int* experts, bool per_choice, const RowSource& source, bool exact,
+                  float* out, int64_t ld_out);
 
 /** Row n of an embedding table. */
 void eager_embedding(const PackedMatrix& table, int64_t n, float* out);
@@ -69,8 +70,9 @@ struct EagerAttention {
   int64_t capacity = 0;
   int visible = 0;  // keys that the first token sees; each next one sees one more
   int window = 0;   // > 0: only the last so many of them
-  const QuantizedSpan *quantized_keys = nullptr, *quantized_values = nullptr;  // instead of keys and values: the first row of the first head
-  std::vector<SharedKeys> shared{};  // what comes before keys and values
+  const QuantizedSpan *quantized_keys = nullptr,
+                      *quantized_values = nullptr;  // instead of keys and values: the first row of the first head
+  std::vector<SharedKeys> shared{};                 // what comes before keys and values
 };
 struct AttentionShape {
   int heads, kv_heads, key_dims, value_dims;

@@ -1,5 +1,5 @@
-// Attention over caches by blocks of keys. Blocks are merged into spans and spans into rows, always in the same order: what a row gets does not
-// depend on which threads worked on it, nor on what runs beside it.
+// Attention over caches by blocks of keys. Blocks are merged into spans and spans into rows, always in the same order: what a row gets does
+// not depend on which threads worked on it, nor on what runs beside it.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -14,7 +14,9 @@ namespace {
 constexpr int span_keys = 512;  // 8 blocks
 constexpr int tile_rows = 32;
 
-int padded(int dims) { return (dims + 15) / 16 * 16; }
+int padded(int dims) {
+  return (dims + 15) / 16 * 16;
+}
 
 /** Rows of a head that are worked on together, and what they have seen so far. */
 struct RowState {
@@ -154,7 +156,8 @@ class Tile {
     b.q = w.q.get(0);
     // Four rows use a key once: it is converted on the way. More of them share a conversion.
     const bool quantized = s_.quantized_keys != nullptr;
-    const bool as_stored = !quantized && (rows_ <= 4 || shape_.storage == Storage::f32) && key_dims_ == shape_.key_dims && value_dims_ == shape_.value_dims;
+    const bool as_stored =
+        !quantized && (rows_ <= 4 || shape_.storage == Storage::f32) && key_dims_ == shape_.key_dims && value_dims_ == shape_.value_dims;
     b.storage = as_stored ? shape_.storage : Storage::f32;
     const Place place = place_of(at);
     if (as_stored) {
@@ -190,8 +193,8 @@ class Tile {
 
 struct Task {
   int sequence, kv_head, first_row;
-  int span = -1;       // -1 = all spans, one after the other
-  int state = -1;      // where the result of one span goes
+  int span = -1;   // -1 = all spans, one after the other
+  int state = -1;  // where the result of one span goes
 };
 
 void run_whole(const Tile& tile) {
@@ -259,6 +262,8 @@ void eager_attention(const std::vector<EagerAttention>& sequences, const Attenti
   }
 }
 
-void eager_embedding(const PackedMatrix& table, int64_t n, float* out) { expand_row(table, std::clamp<int64_t>(n, 0, table.rows - 1), out); }
+void eager_embedding(const PackedMatrix& table, int64_t n, float* out) {
+  expand_row(table, std::clamp<int64_t>(n, 0, table.rows - 1), out);
+}
 
 }  // namespace mlxlm::kernels::cpu

@@ -7,18 +7,18 @@ namespace mlxlm::kernels::cpu {
 
 enum class Storage : uint8_t { f32, f16, bf16, e8m0, e4m3 };  // the last two: scales only
 
-/** How the digits of activations lie: in order; or each 8 as 0,2,4,6,1,3,5,7 for codes below 8 bits. raw: sums are of the digits, without the step. */
+/** How the digits of activations lie: in order; or each 8 as 0,2,4,6,1,3,5,7 for codes below 8 bits. raw: sums are of the digits, without
+ * the step. */
 enum class DigitForm : uint8_t { bytes, nibbles, nibbles_raw };
 
 /** What a code stands for: affine = scale * code + bias, the others = scale * the small float that it is. */
 enum class Codes : uint8_t { affine, e2m1, e4m3 };
 
-/** Quantized rows in panels of 16. For each group of K: the codes, then 16 scales and, for affine codes, 16 biases. Codes lie in vectors of 64 bytes,
- *  one dword for each row, so that shifts and masks give 4 codes of each of the 16 rows:
- *  8 bits: vector i holds codes 4i..4i+3. 4 bits: vector d holds codes 8d..8d+7; byte b has code 8d+2b low and 8d+2b+1 high.
- *  Others, in blocks of 32 codes: a base of 4 bits as above (5, 6) or of 2 bits (2, 3), then a plane of the other bits. With code 8d+2b+odd and
- *  s = 2d+odd, a plane of 2 bits is two vectors and has it in vector s/4, byte b, bit 2(s%4); one of 1 bit has it in byte b, bit s.
- *  e4m3: 16 bytes for each code, one a row. */
+/** Quantized rows in panels of 16. For each group of K: the codes, then 16 scales and, for affine codes, 16 biases. Codes lie in vectors of
+ * 64 bytes, one dword for each row, so that shifts and masks give 4 codes of each of the 16 rows: 8 bits: vector i holds codes 4i..4i+3. 4
+ * bits: vector d holds codes 8d..8d+7; byte b has code 8d+2b low and 8d+2b+1 high. Others, in blocks of 32 codes: a base of 4 bits as above
+ * (5, 6) or of 2 bits (2, 3), then a plane of the other bits. With code 8d+2b+odd and s = 2d+odd, a plane of 2 bits is two vectors and has
+ * it in vector s/4, byte b, bit 2(s%4); one of 1 bit has it in byte b, bit s. e4m3: 16 bytes for each code, one a row. */
 struct Panels {
   const uint8_t* data = nullptr;
   int k = 0, group = 0, bits = 0;
@@ -36,19 +36,20 @@ struct Panels {
 
 /** Rows of activations in both forms that the panel kernels read. */
 struct Activations {
-  const float* x = nullptr;       // [m][k]
-  const float* sums = nullptr;    // [m][groups] sum of x over each group
-  const int8_t* digits = nullptr;  // [m][2][k]: x = step * (128 * high + low), or [m][1][k]: x = step * high; in the panels' DigitForm; null = use x
+  const float* x = nullptr;     // [m][k]
+  const float* sums = nullptr;  // [m][groups] sum of x over each group
+  const int8_t* digits =
+      nullptr;  // [m][2][k]: x = step * (128 * high + low), or [m][1][k]: x = step * high; in the panels' DigitForm; null = use x
   int digit_count = 2;
-  const float* steps = nullptr;   // [m][groups]
+  const float* steps = nullptr;       // [m][groups]
   const float* digit_sums = nullptr;  // [m][groups] sum of the rounded x; of the digits alone in the raw form
   int k = 0, groups = 0;
 };
 
 /** Attention of `rows` queries (at most 4) over keys [0, visible[r]) of one kv head. */
 struct AttentionTile {
-  const float* q[4];      // [e], scaled
-  float* out[4];          // [f]
+  const float* q[4];  // [e], scaled
+  float* out[4];      // [f]
   int first[4], visible[4];
   int rows = 0, e = 0, f = 0;
   const void *k = nullptr, *v = nullptr;  // [s][e], [s][f]
@@ -64,9 +65,9 @@ constexpr int attention_block = 64;
 
 /** `rows` queries over one block of at most 64 keys. Dims are multiples of 16, padded with zeros; q is scaled. */
 struct BlockAttention {
-  const float* q;           // [rows][key_dims]
-  const void *k, *v;        // [keys][key_dims], [keys][value_dims]
-  Storage storage;          // of k and v
+  const float* q;     // [rows][key_dims]
+  const void *k, *v;  // [keys][key_dims], [keys][value_dims]
+  Storage storage;    // of k and v
   int rows, keys, key_dims, value_dims;
   const int *first, *last;  // [rows]: a row sees keys [first, last) of the block
   float softcap;
@@ -78,15 +79,15 @@ struct BlockAttention {
 struct QuantizedSpan {
   const uint8_t* packed = nullptr;
   const void *scales = nullptr, *biases = nullptr;
-  Storage storage = Storage::f32;                 // of scales and biases
-  int64_t packed_stride = 0, scale_stride = 0;    // bytes, elements between rows
+  Storage storage = Storage::f32;               // of scales and biases
+  int64_t packed_stride = 0, scale_stride = 0;  // bytes, elements between rows
   int bits = 0, group = 0, dims = 0;
 };
 
 /** Tokens of one head of a state space: state [dims][width] = decay * state + step * x (x) b; y = state c + skip * x. */
 struct ScanHead {
-  const float *x = nullptr, *b = nullptr, *c = nullptr;   // rows of tokens: [dims], [width], [width]
-  const float *decay = nullptr, *step = nullptr;          // one a token
+  const float *x = nullptr, *b = nullptr, *c = nullptr;  // rows of tokens: [dims], [width], [width]
+  const float *decay = nullptr, *step = nullptr;         // one a token
   int64_t x_stride = 0, bc_stride = 0, step_stride = 0, y_stride = 0;
   const float* from = nullptr;  // null = zeros; may be `state`
   float *state = nullptr, *y = nullptr;
@@ -124,7 +125,8 @@ struct Isa {
   float (*exps)(const float* x, float shift, int64_t count, float* out);
   void (*scan)(const ScanHead& s);
   /** out[c] = bias[c] + sum of rows[t][c] * weight[t][c] for c in [from, to); weight [taps][channels], bias may be null. */
-  void (*convolve)(const float* const* rows, const float* weight, const float* bias, int taps, int64_t from, int64_t to, int64_t channels, float* out);
+  void (*convolve)(const float* const* rows, const float* weight, const float* bias, int taps, int64_t from, int64_t to, int64_t channels,
+                   float* out);
 };
 
 const Isa& isa_generic();

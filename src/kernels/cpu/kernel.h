@@ -37,8 +37,7 @@ class FunctionPrimitive final : public mx::Primitive {
     for (const auto& a : inputs) in.push_back(mx::array::unsafe_weak_copy(a));
     for (const auto& a : outputs) out.push_back(mx::array::unsafe_weak_copy(a));
     // The body is copied: the primitive may be gone when the task runs.
-    mx::cpu::get_command_encoder(stream()).dispatch(
-        [body = body_, in = std::move(in), out = std::move(out)]() mutable { body(in, out); });
+    mx::cpu::get_command_encoder(stream()).dispatch([body = body_, in = std::move(in), out = std::move(out)]() mutable { body(in, out); });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
     throw Error(Code::internal, name_, "a CPU kernel was asked to run on the GPU");
@@ -54,7 +53,8 @@ class FunctionPrimitive final : public mx::Primitive {
 inline mx::array make_kernel(const char* name, mx::Shape shape, mx::Dtype dtype, std::vector<mx::array> inputs, Body body,
                              bool share_first = false) {
   const auto stream = mx::default_stream(mx::Device::cpu);
-  return mx::array(std::move(shape), dtype, std::make_shared<FunctionPrimitive>(stream, name, std::move(body), share_first), std::move(inputs));
+  return mx::array(std::move(shape), dtype, std::make_shared<FunctionPrimitive>(stream, name, std::move(body), share_first),
+                   std::move(inputs));
 }
 
 /** The same with several outputs. */

@@ -1,4 +1,5 @@
-// Our own MLX primitives for the CPU. Every function builds a lazy array on the default CPU stream; arithmetic is f32 inside, the result has x's dtype.
+// Our own MLX primitives for the CPU. Every function builds a lazy array on the default CPU stream; arithmetic is f32 inside, the result
+// has x's dtype.
 #pragma once
 
 #include <memory>
@@ -12,8 +13,8 @@ namespace mlxlm::kernels::cpu {
 
 namespace mx = mlx::core;
 
-/** How products with quantized weights treat activations: as float32; as two 8-bit digits a group where the processor has dot products of bytes
- *  (relative error 4e-5; float32 models stay exact); or as one digit (5e-3). The default is standard. */
+/** How products with quantized weights treat activations: as float32; as two 8-bit digits a group where the processor has dot products of
+ * bytes (relative error 4e-5; float32 models stay exact); or as one digit (5e-3). The default is standard. */
 enum class Precision { exact, standard, fast };
 /** For the whole process; set before a model runs. */
 void set_precision(Precision precision);
@@ -23,13 +24,14 @@ Precision precision();
 class PackedMatrix;
 using PackedMatrixPtr = std::shared_ptr<const PackedMatrix>;
 
-/** Packs MLX's affine quantization (2,3,4,5,6,8 bits; groups 32, 64, 128). weight uint32 [.., N, K*bits/32], scales and biases [.., N, K/group].
- *  The arrays must be evaluated (data in memory). Rows of a list of matrices with equal K, bits and group are concatenated (fused q/k/v, gate/up). */
+/** Packs MLX's affine quantization (2,3,4,5,6,8 bits; groups 32, 64, 128). weight uint32 [.., N, K*bits/32], scales and biases [.., N,
+ * K/group]. The arrays must be evaluated (data in memory). Rows of a list of matrices with equal K, bits and group are concatenated (fused
+ * q/k/v, gate/up). */
 PackedMatrixPtr pack_affine(const std::vector<mx::array>& weights, const std::vector<mx::array>& scales,
                             const std::vector<mx::array>& biases, int bits, int group_size);
 /** mxfp4 (group 32), mxfp8 (group 32), nvfp4 (group 16). */
-PackedMatrixPtr pack_float(const std::vector<mx::array>& weights, const std::vector<mx::array>& scales, const std::string& mode,
-                           int bits, int group_size);
+PackedMatrixPtr pack_float(const std::vector<mx::array>& weights, const std::vector<mx::array>& scales, const std::string& mode, int bits,
+                           int group_size);
 /** Dense f32, f16 or bf16 weights [.., N, K]. Keeps the arrays, copies nothing when they are row contiguous. */
 PackedMatrixPtr pack_dense(const std::vector<mx::array>& weights);
 
@@ -38,7 +40,8 @@ int64_t packed_bytes(const PackedMatrix& w);
 /** x [..., K] -> [..., N] = x W^T (+ bias [N]). */
 mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::optional<mx::array>& bias = std::nullopt);
 
-/** Experts: x [T, K] (or [T, k, K] when `per_expert_input`), indices int32/uint32 [T, k] -> [T, k, N]; row (t, j) uses expert indices[t, j]. */
+/** Experts: x [T, K] (or [T, k, K] when `per_expert_input`), indices int32/uint32 [T, k] -> [T, k, N]; row (t, j) uses expert indices[t,
+ * j]. */
 mx::array gather_matmul(const mx::array& x, const PackedMatrixPtr& w, const mx::array& indices, bool per_expert_input,
                         const std::optional<mx::array>& bias = std::nullopt);
 
@@ -74,7 +77,8 @@ struct AttentionOptions {
 /** q [B,H,L,E], k [B,K,S,E], v [B,K,S,F] (views allowed) -> [B,L,H,F]: ready for the output projection. */
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options);
 
-/** Rows of keys or values in MLX's affine quantization: uint32 [B,K,S,dims*bits/32], scales and biases [B,K,S,dims/group]. Views allowed. */
+/** Rows of keys or values in MLX's affine quantization: uint32 [B,K,S,dims*bits/32], scales and biases [B,K,S,dims/group]. Views allowed.
+ */
 struct QuantizedRows {
   mx::array packed, scales, biases;
   int bits, group_size;
@@ -93,12 +97,13 @@ mx::array log_softmax(const mx::array& logits);
 /** Which of a row's tokens may be drawn; they are kept by each in this order. */
 struct DrawOptions {
   float temperature = 1.f;
-  float top_p = 0.f;   // 0 or 1 = off
-  float min_p = 0.f;   // 0 = off
-  int top_k = 0;       // 0 = off
+  float top_p = 0.f;  // 0 or 1 = off
+  float min_p = 0.f;  // 0 = off
+  int top_k = 0;      // 0 = off
 };
-/** logprobs float32 [B, V], key uint32 [2] -> int32 [B]. One uniform number a row, and the token at that part of the sum of the filtered exponentials:
- *  for one row what mlx::core::random::categorical draws, but for rounding. Reference: mlx_lm/sample_utils.py, mlx/random.cpp */
+/** logprobs float32 [B, V], key uint32 [2] -> int32 [B]. One uniform number a row, and the token at that part of the sum of the filtered
+ * exponentials: for one row what mlx::core::random::categorical draws, but for rounding. Reference: mlx_lm/sample_utils.py, mlx/random.cpp
+ */
 mx::array draw(const mx::array& logprobs, const mx::array& key, const DrawOptions& options);
 
 /** True when the CPU kernels can run here (always on x86-64 and arm64 Linux; false where MLX's default device is a GPU). */

@@ -1,5 +1,5 @@
-// Latent attention by blocks of keys, merged into spans and spans into rows in a fixed order (as eager_attention.cpp): what a row gets does not
-// depend on threads or on what runs beside it.
+// Latent attention by blocks of keys, merged into spans and spans into rows in a fixed order (as eager_attention.cpp): what a row gets does
+// not depend on threads or on what runs beside it.
 #include "kernels/cpu/latent_attention.h"
 
 #include <algorithm>
@@ -14,7 +14,9 @@ namespace {
 constexpr int span_keys = 512;
 constexpr int tile_rows = 32;
 
-int padded(int dims) { return (dims + 15) / 16 * 16; }
+int padded(int dims) {
+  return (dims + 15) / 16 * 16;
+}
 
 /** What rows have seen so far. */
 struct State {

@@ -9,7 +9,9 @@ namespace mlxlm::kernels::cpu {
 namespace {
 
 /** To the nearest whole number, ties to even; right below 2^22, and no call into the math library. */
-float nearest(float x) { return std::abs(x) < 4194304.f ? (x + 12582912.f) - 12582912.f : x; }
+float nearest(float x) {
+  return std::abs(x) < 4194304.f ? (x + 12582912.f) - 12582912.f : x;
+}
 
 struct Scale {
   float scale, bias;

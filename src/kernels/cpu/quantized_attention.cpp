@@ -58,8 +58,8 @@ class Parts {
       return a.data<uint8_t>() + skip * static_cast<int64_t>(mx::size_of(a.dtype()));
     };
     const auto& scales = arrays_[1];
-    return {at(arrays_[0]),    at(scales), at(arrays_[2]), storage_of(scales.dtype()), int64_t(arrays_[0].shape(3)) * 4, scales.shape(3), bits_,
-            group_, scales.shape(3) * group_};
+    return {at(arrays_[0]),  at(scales), at(arrays_[2]), storage_of(scales.dtype()), int64_t(arrays_[0].shape(3)) * 4,
+            scales.shape(3), bits_,      group_,         scales.shape(3) * group_};
   }
 
  private:
@@ -68,7 +68,8 @@ class Parts {
 };
 
 void check(const QuantizedRows& r) {
-  const bool axes = r.packed.ndim() == 4 && r.scales.ndim() == 4 && r.scales.shape() == r.biases.shape() && r.scales.dtype() == r.biases.dtype();
+  const bool axes =
+      r.packed.ndim() == 4 && r.scales.ndim() == 4 && r.scales.shape() == r.biases.shape() && r.scales.dtype() == r.biases.dtype();
   bool fits = axes && r.packed.dtype() == mx::uint32 && r.group_size % 32 == 0 && r.packed.shape(3) * 32 == r.dims() * r.bits;
   for (int axis = 0; fits && axis < 3; ++axis) fits = r.packed.shape(axis) == r.scales.shape(axis);
   if (!fits) throw Error(Code::internal, "quantized rows", "shapes do not fit");
@@ -120,13 +121,15 @@ mx::array attention(const mx::array& q, const QuantizedRows& k, const QuantizedR
   check(v);
   if (q.ndim() != 4 || k.dims() != q.shape(3) || k.packed.shape(0) != q.shape(0) || v.packed.shape(0) != q.shape(0) ||
       v.packed.shape(1) != k.packed.shape(1) || v.packed.shape(2) != k.packed.shape(2) || k.packed.shape(2) < q.shape(2) ||
-      k.packed.shape(1) == 0 || q.shape(1) % k.packed.shape(1) != 0 || k.bits != v.bits || k.group_size != v.group_size || !options.causal) {
+      k.packed.shape(1) == 0 || q.shape(1) % k.packed.shape(1) != 0 || k.bits != v.bits || k.group_size != v.group_size ||
+      !options.causal) {
     throw Error(Code::internal, "quantized attention", "shapes do not fit");
   }
   storage_of(q.dtype());
-  return make_kernel("QuantizedAttention", {q.shape(0), q.shape(2), q.shape(1), v.dims()}, q.dtype(),
-                     {q, k.packed, k.scales, k.biases, v.packed, v.scales, v.biases},
-                     [options, bits = k.bits, group = k.group_size](const auto& in, auto& out) { run_attention(in, out[0], options, bits, group); });
+  return make_kernel(
+      "QuantizedAttention", {q.shape(0), q.shape(2), q.shape(1), v.dims()}, q.dtype(),
+      {q, k.packed, k.scales, k.biases, v.packed, v.scales, v.biases},
+      [options, bits = k.bits, group = k.group_size](const auto& in, auto& out) { run_attention(in, out[0], options, bits, group); });
 }
 
 mx::array dequantize(const QuantizedRows& rows) {

@@ -43,8 +43,10 @@ void run_rms_norm(const std::vector<mx::array>& in, mx::array& out, float eps, b
 
 void act_row(GluAct act, const float* gate, const float* up, float* out, int64_t n) {
   switch (act) {
-    case GluAct::silu: return isa().silu_mul(gate, up, out, n);
-    case GluAct::gelu_tanh: return isa().gelu_tanh_mul(gate, up, out, n);
+    case GluAct::silu:
+      return isa().silu_mul(gate, up, out, n);
+    case GluAct::gelu_tanh:
+      return isa().gelu_tanh_mul(gate, up, out, n);
     case GluAct::gelu:
       for (int64_t i = 0; i < n; ++i) out[i] = 0.5f * gate[i] * (1.f + std::erf(gate[i] * 0.70710678f)) * (up == nullptr ? 1.f : up[i]);
       return;
@@ -144,7 +146,8 @@ mx::array activate(const mx::array& x, GluAct act) {
 
 mx::array rope_heads(const mx::array& x, const std::shared_ptr<const std::vector<float>>& frequencies, int offset, bool traditional,
                      float input_scale) {
-  if (x.ndim() != 4 || 2 * static_cast<int64_t>(frequencies->size()) > x.shape(3)) throw Error(Code::internal, "rope_heads", "does not fit");
+  if (x.ndim() != 4 || 2 * static_cast<int64_t>(frequencies->size()) > x.shape(3))
+    throw Error(Code::internal, "rope_heads", "does not fit");
   storage_of(x.dtype());
   const Rotation rotation{frequencies, offset, traditional, input_scale};
   return make_kernel("RopeHeads", {x.shape(0), x.shape(2), x.shape(1), x.shape(3)}, x.dtype(), {x},
@@ -152,7 +155,8 @@ mx::array rope_heads(const mx::array& x, const std::shared_ptr<const std::vector
 }
 
 mx::array write_rows(const mx::array& buffer, const mx::array& x, int start) {
-  const bool axes = x.ndim() == 4 && buffer.ndim() == 4 && x.shape(0) == buffer.shape(0) && x.shape(1) == buffer.shape(1) && x.shape(3) == buffer.shape(3);
+  const bool axes = x.ndim() == 4 && buffer.ndim() == 4 && x.shape(0) == buffer.shape(0) && x.shape(1) == buffer.shape(1) &&
+                    x.shape(3) == buffer.shape(3);
   if (!axes || x.dtype() != buffer.dtype() || start < 0 || start + x.shape(2) > buffer.shape(2)) {
     throw Error(Code::internal, "write_rows", "does not fit");
   }

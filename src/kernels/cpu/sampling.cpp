@@ -31,8 +31,8 @@ int first_of(const float* x, int64_t count, float value) {
   return found == x + count ? 0 : static_cast<int>(found - x);
 }
 
-/** Number `i` of `total` uniform ones in [0, 1) that MLX makes of a key. Reference: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as
- *  1, 2, 3" (Threefry-2x32-20) */
+/** Number `i` of `total` uniform ones in [0, 1) that MLX makes of a key. Reference: Salmon, Moraes, Dror, Shaw 2011, "Parallel random
+ * numbers: as easy as 1, 2, 3" (Threefry-2x32-20) */
 float uniform(const uint32_t key[2], uint32_t i, uint32_t total) {
   constexpr int turns[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
   const uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDAu};
