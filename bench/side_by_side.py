@@ -77,8 +77,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", required=True)
     parser.add_argument("--llama-cpp", required=True, type=pathlib.Path, help="folder of llama-bench and llama-batched-bench")
-    parser.add_argument("--model", required=True, help="GGUF file that both read")
+    parser.add_argument("--model", required=True, help="a GGUF file that both read, or see --peer-model")
     parser.add_argument("--model-q4-0", help="the same in llama.cpp's fastest format")
+    parser.add_argument("--peer-model", help="what llama.cpp reads when it cannot read --model")
     parser.add_argument("--name", default="SmolLM2-135M, 4 bit", help="of the model, for the title")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefill", type=int, nargs="*", default=[32, 512, 2048], metavar="TOKENS")
@@ -96,7 +97,7 @@ def main():
 
     machine = {"date": f"{stamp:%Y-%m-%d}", "cpu": cpu_name(), "threads": args.threads, "model": args.name, "decode_tokens": args.decode, "kv_bits": args.kv_bits,
                "cpu_precision": args.cpu_precision}
-    contenders = {"mlx-lm.cpp": lambda: measure_ours(args), "llama.cpp": lambda: measure_llama(args, args.model)}
+    contenders = {"mlx-lm.cpp": lambda: measure_ours(args), "llama.cpp": lambda: measure_llama(args, args.peer_model or args.model)}
     if args.model_q4_0:
         contenders["llama.cpp Q4_0"] = lambda: measure_llama(args, args.model_q4_0)
     rounds = {name: [] for name in contenders}
