@@ -1,4 +1,5 @@
 // mlx-lm batch_generate: a file of prompts, one JSON object a line, answered together. Reference: mlx_lm/generate.py batch_generate
+#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
@@ -20,7 +21,7 @@ namespace mlxlm::cli {
 namespace {
 
 struct Arguments {
-  std::string model, adapter_path, prompts, chat_template_config;
+  std::string model, adapter_path, prompts, chat_template_config, prefix_cache_dir, prefix_cache_bytes = "4G";
   std::vector<std::string> extra_eos, stop;
   std::optional<std::string> system_prompt;
   bool trust_remote_code = false, ignore_chat_template = false, strict = false, logprobs = false, quiet = false;
@@ -286,6 +287,19 @@ void encode(std::vector<Line>& lines, const Arguments& a, const text::Tokenizer&
   }
 }
 
+/** "4G" and the like. */
+int64_t to_bytes(const std::string& text) {
+  int64_t value = 0;
+  const char *begin = text.data(), *end = begin + text.size();
+  const auto [at, error] = std::from_chars(begin, end, value);
+  const std::string_view unit(at, static_cast<std::size_t>(end - at));
+  const int shift = unit.empty() ? 0 : unit == "K" ? 10 : unit == "M" ? 20 : unit == "G" ? 30 : -1;
+  if (error != std::errc() || value < 0 || shift < 0 || value > (int64_t{1} << 62 >> shift)) {
+    throw Error(Code::bad_request, "--prefix-cache-bytes", fmt::format("got '{}', wanted a number of bytes, or one with K, M or G", text));
+  }
+  return value << shift;
+}
+
 /** Answers the good lines and returns the exit status. */
 int answer(const std::vector<Line>& lines, const Arguments& a, Session& session, model::CausalModel* draft_model) {
   Printer printer(lines);
@@ -303,6 +317,10 @@ int answer(const std::vector<Line>& lines, const Arguments& a, Session& session,
   const InterruptGuard guard;
   gen::BatchRun run{.limits = gen::default_limits(a.batch_size), .draft_model = draft_model, .cancel = &InterruptGuard::flag()};
   run.limits.prefill_tokens = a.prefill_step_size;
+  run.prefixes = {a.prefix_cache_dir, to_bytes(a.prefix_cache_bytes), [&](const std::string& text) {
+                    status.clear();
+                    fmt::print(stderr, "warning: {}\n", text);
+                  }};
   run.on_answer = [&](std::size_t i, const gen::BatchAnswer& result) {
     status.clear();
     printer.take(index_of[i], result);
@@ -335,6 +353,7 @@ int run(const Arguments& a) {
   at_least("--batch-size", a.batch_size, 1);
   at_least("--prefill-step-size", a.prefill_step_size, 1);
   at_least("--threads", a.threads, 0);
+  to_bytes(a.prefix_cache_bytes);
   if (a.threads > 0) set_compute_threads(a.threads);
   const auto defaults = to_defaults(a);
   auto lines = read_input(a, defaults);
@@ -391,6 +410,8 @@ void add_batch_generate(CLI::App& app, Action& action) {
   c.add_option("--quantized-kv-start", a->quantized_kv_start, "Tokens before a cache is quantized")->capture_default_str();
   add_drafts(c, a->drafts);
   c.add_option("--prefill-step-size", a->prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
+  c.add_option("--prefix-cache-dir", a->prefix_cache_dir, "Folder where beginnings of prompts are kept for later runs");
+  c.add_option("--prefix-cache-bytes", a->prefix_cache_bytes, "Most bytes of that folder: a number, or one with K, M or G")->capture_default_str();
   c.add_option("--batch-size", a->batch_size, "Most prompts answered at a time")->capture_default_str();
   c.add_option("--threads", a->threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
   c.add_flag("--strict", a->strict, "A broken line ends everything before the first answer");

@@ -77,7 +77,13 @@ Engine::~Engine() {
     if (q->cache != 0) runner_.free(q->cache);
     runner_.end(id);
   }
+  save_prefixes();
   release(prefixes_.shrink_to(0));
+}
+
+void Engine::save_prefixes() {
+  if (store_ == nullptr) return;
+  for (const auto& [entry, tokens] : prefixes_.contents(0)) store_->save(entry.cache, tokens);
 }
 
 Engine::Sequence* Engine::find(SequenceId id) const {
@@ -315,6 +321,7 @@ void Engine::store_at_boundary(Sequence& q) {
     const auto copied = runner_.copy(q.cache, info.tokens);
     const auto held = runner_.info(copied);
     const auto key = std::span<const int>(q.tokens).first(q.computed_tokens);
+    if (store_ != nullptr && prefix_space(q) == 0) store_->save(copied, key);
     release(prefixes_.insert(key, {copied, 0, held.bytes, held.trimmable}, prefix_space(q)));
   } catch (...) {
     // A copy for others is never worth an answer.

@@ -12,6 +12,7 @@
 #include "engine/invariants.h"
 #include "engine/pacer.h"
 #include "engine/prefix_cache.h"
+#include "engine/prefix_store.h"
 #include "engine/runner.h"
 
 namespace mlxlm::engine {
@@ -139,6 +140,10 @@ class Engine {
   /** Gives up stored prefixes until at most so many bytes are held. */
   void shrink_prefix_cache(int64_t bytes) { release(prefixes_.shrink_to(bytes)); }
   const PrefixCache& prefixes() const { return prefixes_; }
+  /** Prefixes are looked for there, too; those of boundaries are saved at once, the others when the engine ends. It must outlive the engine, or
+   *  be taken back (null). Nothing without prefix_cache_bytes. */
+  void set_store(PrefixStore* store) { store_ = limits_.prefix_cache_bytes > 0 ? store : nullptr; }
+  void save_prefixes();
 
  private:
   struct Sequence;
@@ -158,6 +163,7 @@ class Engine {
   int add_row(StepPlan& plan, Sequence& q, int budget) const;
   enum class Admission { admitted, deferred, failed };
   std::optional<PrefixCache::Hit> find_reusable(const Sequence& q);
+  void load_stored(const Sequence& q);
   Admission admit(Sequence& q);
   bool make_room(int64_t bytes);
   bool extend(Sequence& q);
@@ -178,6 +184,7 @@ class Engine {
   std::function<double()> clock_;
   Pacer pacer_;
   PrefixCache prefixes_;
+  PrefixStore* store_ = nullptr;
   std::map<SequenceId, std::unique_ptr<Sequence>> sequences_;
   std::deque<SequenceId> waiting_;
   std::vector<SequenceId> running_;  // in order of admission

@@ -211,6 +211,18 @@ std::vector<CacheId> PrefixCache::set_budget(int64_t bytes) {
   return shrink_to(budget_bytes_);
 }
 
+std::vector<std::pair<PrefixCache::Entry, std::vector<int>>> PrefixCache::contents(uint64_t space) const {
+  std::vector<std::pair<Entry, std::vector<int>>> list;
+  const auto top = roots_.find(space);
+  for (const auto& held : order_) {
+    std::vector<int> tokens(held.node->depth);
+    const Node* node = held.node;
+    for (; node->parent != nullptr; node = node->parent) std::ranges::copy(node->run, tokens.begin() + node->parent->depth);
+    if (top != roots_.end() && node == top->second.get()) list.emplace_back(held.entry, std::move(tokens));
+  }
+  return list;
+}
+
 std::vector<PrefixCache::Entry> PrefixCache::entries() const {
   std::vector<Entry> list;
   for (const auto& held : order_) list.push_back(held.entry);

@@ -226,11 +226,26 @@ std::optional<PrefixCache::Hit> Engine::find_reusable(const Sequence& q) {
   return best;
 }
 
+/** What outlived an earlier engine joins the stored prefixes, where it spares more than they do. */
+void Engine::load_stored(const Sequence& q) {
+  if (q.cache != 0 || !q.request.use_prefix_cache || prefix_space(q) != 0) return;
+  const auto found = store_->find(q.tokens);
+  if (found.usable_tokens == 0 || found.bytes > limits_.prefix_cache_bytes) return;
+  const auto held = find_reusable(q);
+  if ((held && held->usable_tokens >= found.usable_tokens) || !make_room(found.bytes)) return;
+  const auto loaded = store_->load(q.tokens);
+  if (loaded.cache == 0) return;
+  const auto info = runner_.info(loaded.cache);
+  release(prefixes_.insert(loaded.tokens, {loaded.cache, 0, info.bytes, info.trimmable}, 0));
+  make_room(0);
+}
+
 Engine::Admission Engine::admit(Sequence& q) {
   const auto tokens = tokens_to_reserve(q);
   auto bytes = runner_.cost_bytes(tokens, q.cache_options);
   if (q.cache != 0) bytes = std::max(bytes, runner_.info(q.cache).bytes);
   if (static_cast<int>(running_.size()) >= limits_.max_sequences) return Admission::deferred;
+  if (store_ != nullptr) load_stored(q);
   auto hit = find_reusable(q);
   // A copy is as large as what it copies, however little of that is of use, and its windows grow with the next chunk.
   const auto with_hit = hit ? std::max(bytes, hit->entry.bytes + runner_.cost_bytes(1, q.cache_options)) : bytes;

@@ -207,6 +207,13 @@ class AnswerText {
   text::StopMatcher stops_;
 };
 
+engine::Limits limits_of(const BatchRun& run) {
+  auto limits = run.limits;
+  if (run.prefixes.folder.empty() || limits.prefix_cache_bytes > 0) return limits;
+  limits.prefix_cache_bytes = limits.memory_bytes > 0 ? std::min(run.prefixes.bytes, limits.memory_bytes / 4) : run.prefixes.bytes;
+  return limits;
+}
+
 class Batch {
  public:
   Batch(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<BatchItem>& items, const BatchRun& run)
@@ -215,7 +222,11 @@ class Batch {
         run_(run),
         answers_(items.size()),
         runner_(model, run.limits, run.draft_model),
-        engine_(runner_, run.limits) {}
+        engine_(runner_, limits_of(run)) {
+    if (run.prefixes.folder.empty()) return;
+    store_ = std::make_unique<PrefixFiles>(run.prefixes, model, runner_);
+    engine_.set_store(store_.get());
+  }
 
   std::vector<BatchAnswer> run(BatchGenerator::Stats* stats) {
     const double start = now_s();
@@ -302,7 +313,8 @@ class Batch {
   const BatchRun& run_;
   std::vector<BatchAnswer> answers_;
   ModelRunner runner_;
-  engine::Engine engine_;
+  std::unique_ptr<PrefixFiles> store_;
+  engine::Engine engine_;  // saves its prefixes when it ends
   std::map<engine::SequenceId, Open> open_;
 };
 

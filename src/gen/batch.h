@@ -11,6 +11,7 @@
 
 #include "engine/engine.h"
 #include "gen/generate.h"
+#include "gen/prefix_files.h"
 #include "gen/runner.h"
 #include "text/tokenizer.h"
 
@@ -133,6 +134,7 @@ struct BatchRun {
   model::CausalModel* draft_model = nullptr;
   std::function<void(const BatchGenerator::Stats&)> on_step{};
   const std::atomic<bool>* cancel = nullptr;
+  PrefixFolder prefixes{};  // prefixes that outlive the run; its engine's prefix_cache_bytes default to those of the folder, as memory allows
 };
 
 /** Answers in order of the items. A bad item fails alone. When cancelled, what is not done ends with Finish::cancelled and its text so far.

@@ -1,0 +1,30 @@
+// Where prefixes outlive the engine: what it asks of whoever keeps them.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "engine/runner.h"
+
+namespace mlxlm::engine {
+
+/** Thread: the engine's. A store that fails is a store without the prefix: nothing here throws. */
+class PrefixStore {
+ public:
+  virtual ~PrefixStore() = default;
+  struct Found {
+    int usable_tokens = 0;  // 0 = nothing of use
+    int64_t bytes = 0;      // that a cache with it takes
+  };
+  /** What load() would spare of this prompt; at least one token is left to process. */
+  virtual Found find(std::span<const int> prompt) noexcept = 0;
+  struct Loaded {
+    CacheId cache = 0;  // 0 = it could not be had after all; else the caller's
+    std::span<const int> tokens{};  // what it holds; valid until the next call
+  };
+  virtual Loaded load(std::span<const int> prompt) noexcept = 0;
+  /** The cache holds exactly these tokens, and stays the caller's. */
+  virtual void save(CacheId cache, std::span<const int> tokens) noexcept = 0;
+};
+
+}  // namespace mlxlm::engine

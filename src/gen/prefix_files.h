@@ -1,0 +1,63 @@
+// Prefixes in a folder: prompt-cache files that later runs of the same model find again.
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "engine/prefix_store.h"
+#include "gen/runner.h"
+
+namespace mlxlm::gen {
+
+struct PrefixFolder {
+  std::filesystem::path folder{};  // empty = none
+  int64_t bytes = int64_t{4} << 30;  // of all its files, whoever wrote them
+  std::function<void(const std::string&)> warn{};
+};
+
+/** Several processes may use a folder at a time: each write happens under its lock, and files may vanish at any time. */
+class PrefixFiles final : public engine::PrefixStore {
+ public:
+  /** Makes the folder, removes what writers that died have left, and reads which prefixes there are. Throws Error(io) when the folder cannot be
+   *  had. `runner` must live as long. */
+  PrefixFiles(PrefixFolder options, model::CausalModel& model, ModelRunner& runner);
+
+  Found find(std::span<const int> prompt) noexcept override;
+  Loaded load(std::span<const int> prompt) noexcept override;
+  void save(engine::CacheId cache, std::span<const int> tokens) noexcept override;
+
+  std::size_t size() const { return held_.size(); }
+  const std::string& fingerprint() const { return fingerprint_; }
+
+ private:
+  struct Held {
+    std::vector<int> tokens;
+    bool trimmable = false;
+    int64_t bytes = 0;
+  };
+  using Files = std::map<std::string, Held>;  // by name
+
+  void read_folder();
+  void remove_leftovers() const;
+  bool read_file(const std::string& name);
+  std::pair<Files::const_iterator, int> best(std::span<const int> prompt) const;
+  bool make_room(int64_t bytes);
+  void save_or_throw(engine::CacheId cache, std::span<const int> tokens);
+  void warn(const std::string& text) const;
+
+  PrefixFolder options_;
+  model::CausalModel& model_;
+  ModelRunner& runner_;
+  std::string fingerprint_;
+  Files held_;
+  std::vector<int> loaded_tokens_;
+  mutable bool warned_ = false;
+};
+
+/** Names what a model computes, weights included: from the bits of a few logits. */
+std::string model_fingerprint(model::CausalModel& model);
+
+}  // namespace mlxlm::gen

@@ -1,0 +1,186 @@
+// Prefixes in a folder: found after a restart, whatever else lies there.
+#include <csignal>
+#include <fstream>
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include "base/files.h"
+#include "cache/prompt_file.h"
+#include "engine/engine.h"
+#include "gen/prefix_files.h"
+#include "parity/parity_case.h"
+
+namespace mlxlm::tests {
+namespace {
+
+using Tokens = std::vector<int>;
+
+std::unique_ptr<model::CausalModel> model_named(const std::string& name, int seed_change = 0) {
+  auto golden = load_golden(name);
+  if (seed_change != 0) golden.info["seed"] = golden.info.at("seed").get<int>() + seed_change;
+  return make_model(make_checkpoint(golden.info.at("config"), golden.info));
+}
+
+class PrefixFolderTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = fs::temp_directory_path() / ("mlxlm-prefixes-" + std::to_string(::getpid()));
+    fs::remove_all(folder_);
+    model_ = model_named("llama.f32");
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  Tokens tokens(int count, int salt = 0) const {
+    Tokens list;
+    for (int i = 0; i < count; ++i) list.push_back((i * 37 + i * i * 5 + salt * 101) % model_->description().vocab);
+    return list;
+  }
+
+  struct Result {
+    std::vector<Tokens> answers;
+    int64_t reused = 0;
+    std::size_t found = 0;
+  };
+  /** As a process of its own would: nothing but the folder stays. */
+  Result run(model::CausalModel& model, const std::vector<Tokens>& prompts, int64_t bytes = 1 << 30) {
+    const engine::Limits limits{.prefix_cache_bytes = 1 << 28};
+    gen::ModelRunner runner(model, limits);
+    gen::PrefixFiles store({folder_, bytes, [&](const std::string& text) { warnings_.push_back(text); }}, model, runner);
+    Result result{.answers = std::vector<Tokens>(prompts.size()), .found = store.size()};
+    engine::Engine engine(runner, limits);
+    engine.set_store(&store);
+    std::map<engine::SequenceId, std::size_t> index;
+    for (std::size_t i = 0; i < prompts.size(); ++i) index[engine.submit({.tokens = prompts[i], .max_tokens = 12})] = i;
+    while (engine.has_work()) {
+      for (const auto& e : engine.step().events) {
+        if (e.chosen) result.answers[index.at(e.id)].push_back(e.chosen->token);
+      }
+      EXPECT_LE(folder_bytes(), bytes);
+    }
+    result.reused = engine.counters().reused_tokens;
+    return result;
+  }
+  Result run(const std::vector<Tokens>& prompts, int64_t bytes = 1 << 30) { return run(*model_, prompts, bytes); }
+
+  std::vector<fs::path> files() const {
+    std::vector<fs::path> list;
+    for (const auto& item : fs::directory_iterator(folder_)) {
+      if (item.path().filename() != ".lock") list.push_back(item.path());
+    }
+    return list;
+  }
+  int64_t folder_bytes() const {
+    int64_t total = 0;
+    for (const auto& f : files()) total += static_cast<int64_t>(fs::file_size(f));
+    return total;
+  }
+
+  fs::path folder_;
+  std::unique_ptr<model::CausalModel> model_;
+  std::vector<std::string> warnings_;
+};
+
+TEST_F(PrefixFolderTest, OutlivesTheEngine) {
+  auto a = tokens(150), b = tokens(150);
+  b.push_back(3);
+  b.push_back(5);
+  const auto first = run({a});
+  EXPECT_EQ(first.reused, 0);
+  ASSERT_EQ(files().size(), 1u);
+  const auto again = run({a, b});
+  EXPECT_EQ(again.found, 1u);
+  EXPECT_GE(again.reused, 149 + 150);
+  EXPECT_EQ(again.answers[0], first.answers[0]);
+  fs::remove_all(folder_);
+  EXPECT_EQ(run({b}).answers[0], again.answers[1]);
+  EXPECT_TRUE(warnings_.empty());
+}
+
+TEST_F(PrefixFolderTest, OfAnotherModelIsNotUsed) {
+  run({tokens(150)});
+  const auto other = model_named("llama.f32", 1);
+  const auto got = run(*other, {tokens(150)});
+  EXPECT_EQ(got.found, 0u);
+  EXPECT_EQ(got.reused, 0);
+  EXPECT_EQ(files().size(), 2u);
+  EXPECT_TRUE(warnings_.empty()) << "it is no fault";
+}
+
+TEST_F(PrefixFolderTest, BrokenFilesAreIgnored) {
+  const auto first = run({tokens(150)});
+  const auto whole = files().at(0);
+  const auto content = read_text_file(whole);
+  const auto put = [&](const std::string& name, const std::string& text) { std::ofstream(folder_ / name, std::ios::binary) << text; };
+  for (const std::size_t size : {std::size_t{0}, std::size_t{5}, std::size_t{700}, content.size() / 2, content.size() - 1}) {
+    fs::remove_all(folder_);
+    fs::create_directories(folder_);
+    put(whole.filename().string(), content.substr(0, size));
+    put("prefix-foreign.safetensors", "no such thing");
+    put("notes.txt", "not ours");
+    warnings_.clear();
+    const auto got = run({tokens(150)});
+    EXPECT_EQ(got.found, 0u) << size;
+    EXPECT_EQ(got.answers, first.answers);
+    EXPECT_EQ(warnings_.size(), 1u) << size;
+    EXPECT_TRUE(fs::exists(folder_ / "notes.txt"));
+  }
+}
+
+TEST_F(PrefixFolderTest, LyingFilesAreIgnored) {
+  const auto first = run({tokens(150)});
+  const auto path = files().at(0);
+  const auto metadata = cache::read_prompt_metadata(path);
+  auto caches = cache::load_prompt_file(path, model_->description());
+  cache::trim(caches, 20);
+  cache::save_prompt_file(path, caches, metadata);
+  const auto got = run({tokens(150)});
+  EXPECT_EQ(got.found, 1u);
+  EXPECT_EQ(got.reused, 0);
+  EXPECT_EQ(got.answers, first.answers);
+  EXPECT_EQ(warnings_.size(), 1u);
+}
+
+TEST_F(PrefixFolderTest, WhatADeadWriterLeftIsRemoved) {
+  fs::create_directories(folder_);
+  const auto left = folder_ / "prefix-0123.safetensors.tmp999999999", busy = folder_ / ("prefix-4567.safetensors.tmp" + std::to_string(::getppid()));
+  std::ofstream(left) << "half";
+  std::ofstream(busy) << "being written";
+  run({tokens(150)});
+  EXPECT_FALSE(fs::exists(left));
+  EXPECT_TRUE(fs::exists(busy)) << "of a process that lives";
+}
+
+TEST_F(PrefixFolderTest, TheBudgetHolds) {
+  run({tokens(200)});
+  const auto one = folder_bytes();
+  fs::remove_all(folder_);
+  const auto budget = one * 5 / 2 + 300000;
+  for (int i = 0; i < 6; ++i) {
+    run({tokens(200, i + 1)}, budget);
+    EXPECT_LE(folder_bytes(), budget);
+  }
+  EXPECT_GE(files().size(), 2u);
+  const auto kept = files().size();
+  // The one that was used last stays.
+  EXPECT_GT(run({tokens(200, 6)}, budget).reused, 0);
+  EXPECT_EQ(run({tokens(200, 1)}, budget).reused, 0);
+  EXPECT_LE(files().size(), kept + 1);
+  run({}, 0);
+  EXPECT_TRUE(files().empty());
+}
+
+TEST_F(PrefixFolderTest, FilesMayVanish) {
+  const auto first = run({tokens(150)});
+  const engine::Limits limits{.prefix_cache_bytes = 1 << 28};
+  gen::ModelRunner runner(*model_, limits);
+  gen::PrefixFiles store({folder_, 1 << 30, [&](const std::string& text) { warnings_.push_back(text); }}, *model_, runner);
+  ASSERT_EQ(store.size(), 1u);
+  fs::remove(files().at(0));
+  EXPECT_EQ(store.load(tokens(150)).cache, 0);
+  EXPECT_EQ(store.find(tokens(150)).usable_tokens, 0);
+  EXPECT_TRUE(warnings_.empty());
+}
+
+}  // namespace
+}  // namespace mlxlm::tests
