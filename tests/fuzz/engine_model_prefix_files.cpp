@@ -27,7 +27,7 @@ class PrefixFolderTest : public testing::Test {
   void SetUp() override {
     folder_ = fs::temp_directory_path() / ("mlxlm-prefixes-" + std::to_string(::getpid()));
     fs::remove_all(folder_);
-    model_ = model_named("llama.f32");
+    model_ = model_named("qwen3.f32");
   }
   void TearDown() override { fs::remove_all(folder_); }
 
@@ -43,7 +43,7 @@ class PrefixFolderTest : public testing::Test {
     std::size_t found = 0;
   };
   /** As a process of its own would: nothing but the folder stays. */
-  Result run(model::CausalModel& model, const std::vector<Tokens>& prompts, int64_t bytes = 1 << 30) {
+  Result run(model::CausalModel& model, const std::vector<Tokens>& prompts, int64_t bytes = 1 << 30, const std::vector<int>& boundaries = {}) {
     const engine::Limits limits{.prefix_cache_bytes = 1 << 28};
     gen::ModelRunner runner(model, limits);
     gen::PrefixFiles store({folder_, bytes, [&](const std::string& text) { warnings_.push_back(text); }}, model, runner);
@@ -51,7 +51,13 @@ class PrefixFolderTest : public testing::Test {
     engine::Engine engine(runner, limits);
     engine.set_store(&store);
     std::map<engine::SequenceId, std::size_t> index;
-    for (std::size_t i = 0; i < prompts.size(); ++i) index[engine.submit({.tokens = prompts[i], .max_tokens = 12})] = i;
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+      engine::Request r;
+      r.tokens = prompts[i];
+      r.max_tokens = 12;
+      r.boundaries = boundaries;
+      index[engine.submit(std::move(r))] = i;
+    }
     while (engine.has_work()) {
       for (const auto& e : engine.step().events) {
         if (e.chosen) result.answers[index.at(e.id)].push_back(e.chosen->token);
@@ -97,9 +103,29 @@ TEST_F(PrefixFolderTest, OutlivesTheEngine) {
   EXPECT_TRUE(warnings_.empty());
 }
 
+/** Windows and recurrent states cannot be cut: what was stored at a boundary is used as it is. */
+TEST_F(PrefixFolderTest, KeepsSnapshots) {
+  for (const char* name : {"llama.f32", "nemotron_h.f32"}) {
+    SCOPED_TRACE(name);
+    fs::remove_all(folder_);
+    const auto model = model_named(name);
+    const auto prompt = [&](int salt) {
+      Tokens list;
+      for (int i = 0; i < 130; ++i) list.push_back((i * 37 + (i < 100 ? 0 : salt)) % model->description().vocab);
+      return list;
+    };
+    run(*model, {prompt(1)}, 1 << 30, {100});
+    const auto again = run(*model, {prompt(2)}, 1 << 30, {100});
+    EXPECT_EQ(again.reused, 100);
+    fs::remove_all(folder_);
+    EXPECT_EQ(run(*model, {prompt(2)}, 1 << 30, {100}).answers, again.answers);
+  }
+  EXPECT_TRUE(warnings_.empty());
+}
+
 TEST_F(PrefixFolderTest, OfAnotherModelIsNotUsed) {
   run({tokens(150)});
-  const auto other = model_named("llama.f32", 1);
+  const auto other = model_named("qwen3.f32", 1);
   const auto got = run(*other, {tokens(150)});
   EXPECT_EQ(got.found, 0u);
   EXPECT_EQ(got.reused, 0);
