@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <string_view>
 
 #include <fmt/format.h>
 #include <mlx/memory.h>
@@ -372,58 +371,21 @@ void ModelRunner::keep(engine::CacheId cache, int tokens) {
   if (quantize(h)) evaluate_state(h.caches);
 }
 
-/** Whether a model of two executors would run these caches by the first. */
-bool ModelRunner::plans_writes(const cache::Caches& caches) {
-  return std::ranges::all_of(caches, [](const cache::CachePtr& c) {
-    const auto* attention = dynamic_cast<const cache::AttentionCache*>(c.get());
-    return attention == nullptr || attention->plans_writes();
-  });
-}
-
-/** The tokens of a row's call of the model, and its logits in the plan's order. */
-struct ModelRunner::Call {
-  std::vector<int> tokens;
-  model::Segment segment;
-  bool planned = false;  // plans_writes()
-};
-
-/** In the order of the plan. Rows that the model runs in another way than their neighbours get a call of their own, as they would alone:
- * else neighbours would show in the last bits. */
+/** In the order of the plan. */
 mx::array ModelRunner::logits_of(const engine::StepPlan& plan) {
-  std::vector<Call> calls;
-  for (const auto& row : plan.rows) {
-    auto& h = held(row.cache);
-    auto tokens = row.tokens;
-    tokens.insert(tokens.end(), row.draft.begin(), row.draft.end());
-    if (!row.draft.empty()) {
-      h.marked = true;
-      trail(h).mark(static_cast<int>(tokens.size()), true);
-    }
-    if (h.trail) tokens = h.trail->take_call(tokens);
-    const int count = static_cast<int>(tokens.size());
-    calls.push_back({std::move(tokens), {count, row.wanted_rows, &h.caches}, plans_writes(h.caches)});
-  }
-  const bool one = std::string_view(model_.executor()) != "fused" || std::ranges::all_of(calls, &Call::planned) ||
-                   std::ranges::none_of(calls, &Call::planned);
-  if (one) return run_calls(calls, [](const Call&) { return true; });
-  const auto logits = mx::concatenate(
-      {run_calls(calls, [](const Call& c) { return c.planned; }), run_calls(calls, [](const Call& c) { return !c.planned; })}, 0);
-  int planned = 0, other = 0;
-  for (const auto& c : calls) other += c.planned ? c.segment.wanted_rows : 0;
-  std::vector<int> order;
-  for (const auto& c : calls) {
-    for (int i = 0; i < c.segment.wanted_rows; ++i) order.push_back(c.planned ? planned++ : other++);
-  }
-  return mx::take(logits, mx::array(order.data(), {static_cast<int>(order.size())}, mx::int32), 0);
-}
-
-mx::array ModelRunner::run_calls(const std::vector<Call>& calls, const std::function<bool(const Call&)>& which) {
   std::vector<int> tokens;
   std::vector<model::Segment> segments;
-  for (const auto& call : calls) {
-    if (!which(call)) continue;
-    tokens.insert(tokens.end(), call.tokens.begin(), call.tokens.end());
-    segments.push_back(call.segment);
+  for (const auto& row : plan.rows) {
+    auto& h = held(row.cache);
+    auto mine = row.tokens;
+    mine.insert(mine.end(), row.draft.begin(), row.draft.end());
+    if (!row.draft.empty()) {
+      h.marked = true;
+      trail(h).mark(static_cast<int>(mine.size()), true);
+    }
+    if (h.trail) mine = h.trail->take_call(mine);
+    tokens.insert(tokens.end(), mine.begin(), mine.end());
+    segments.push_back({static_cast<int>(mine.size()), row.wanted_rows, &h.caches});
   }
   return model_.run(mx::array(tokens.data(), {static_cast<int>(tokens.size())}, mx::int32), segments);
 }

@@ -63,16 +63,13 @@ class ModelRunner final : public engine::Runner {
   };
   struct Chooser;
   struct Choice;
-  struct Call;
 
   Held& held(engine::CacheId cache);
   const Held& held(engine::CacheId cache) const;
   Trail& trail(Held& h);
   static void settle(Held& h);
   static bool quantize(Held& h);
-  static bool plans_writes(const cache::Caches& caches);
   mx::array logits_of(const engine::StepPlan& plan);
-  mx::array run_calls(const std::vector<Call>& calls, const std::function<bool(const Call&)>& which);
   std::map<std::size_t, Choice> choose(const engine::StepPlan& plan, const mx::array& logits, engine::StepResult& result);
   Choice choose_one(const engine::PlannedRow& row, Chooser& chooser, mx::array logits);
   static engine::ChosenToken read(const Choice& choice, int row, int token, const engine::Sampling& sampling);

@@ -266,22 +266,30 @@ class FusedModel final : public CausalModel {
     }
   }
 
-  /** The sequences that the kernels cannot serve on the graph, the others without them: nobody's tokens depend on what runs beside. */
+  /** The sequences that the kernels cannot serve on the graph, the others without them, in two calls: nobody's tokens depend on what runs
+   * beside. Logits in the order of the segments. */
   mx::array apart(const mx::array& tokens, const std::vector<Segment>& segments) {
-    std::vector<mx::array> parts;
-    int at = 0;
-    for (std::size_t i = 0; i < segments.size();) {
-      const bool fused = served({segments[i]});
-      std::vector<Segment> together;
-      const int first = at;
-      for (; i < segments.size() && served({segments[i]}) == fused; ++i) {
-        together.push_back(segments[i]);
-        at += segments[i].tokens;
-      }
-      const auto mine = mx::slice(tokens, {first}, {at});
-      parts.push_back(fused ? run(mine, together) : graph_->run(mine, together));
+    std::vector<Segment> parts[2];  // 0 = graph, 1 = fused
+    std::vector<mx::array> part_tokens[2];
+    std::vector<int> part_of;
+    int at = 0, rows[2] = {0, 0};
+    for (const auto& segment : segments) {
+      const int part = served({segment});
+      parts[part].push_back(segment);
+      part_tokens[part].push_back(mx::slice(tokens, {at}, {at + segment.tokens}));
+      part_of.push_back(part);
+      rows[part] += segment.wanted_rows;
+      at += segment.tokens;
     }
-    return parts.size() == 1 ? parts[0] : mx::concatenate(parts, 0);
+    if (parts[1].empty()) return graph_->run(tokens, segments);
+    const auto logits =
+        mx::concatenate({graph_->run(mx::concatenate(part_tokens[0]), parts[0]), run(mx::concatenate(part_tokens[1]), parts[1])}, 0);
+    std::vector<int> order;
+    int next[2] = {0, rows[0]};
+    for (std::size_t i = 0; i < segments.size(); ++i) {
+      for (int row = 0; row < segments[i].wanted_rows; ++row) order.push_back(next[part_of[i]]++);
+    }
+    return mx::take(logits, mx::array(order.data(), {static_cast<int>(order.size())}, mx::int32), 0);
   }
 
   bool served(const std::vector<Segment>& segments) const {
