@@ -133,6 +133,10 @@ const Isa& isa_generic();
 #if defined(__x86_64__)
 const Isa& isa_avx2();
 const Isa& isa_avx512();
+/** avx512 with products by AMX tiles: after the system has granted them (isa_list.cpp). */
+const Isa& isa_amx();
+/** Whether a product by tiles is right. Ends the process where the machine only says that it has them. */
+bool try_tiles();
 #elif defined(__aarch64__)
 const Isa& isa_neon();
 const Isa& isa_dotprod();

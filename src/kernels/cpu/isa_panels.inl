@@ -316,7 +316,20 @@ inline void group_dots(const uint8_t* group, int size, const int8_t* x, int64_t 
   }
 }
 
-/** Activations as integers a group: two digits (relative error about 4e-5, nearly as fast as one where memory is the limit) or one (5e-3). */
+/** A group's sum of codes times digits, in the units of the result. FOURS: codes of e2m1 (fp4_codes), digit_sum without the step. */
+template <bool FOURS>
+inline void add_group(P& total, D sum, P scale, P bias, float step, float digit_sum) {
+  const P value = __builtin_convertvector(sum, P);
+  if constexpr (FOURS) {  // sum and 12 * digits are whole and below 2^24: their difference is exact
+    total += ((value - 12.f * digit_sum) * (0.5f * step)) * scale;
+  } else {
+    total += value * (scale * step);
+    total += bias * digit_sum;
+  }
+}
+
+/** Activations as integers a group: two digits (relative error about 4e-5, nearly as fast as one where memory is the limit) or one (5e-3).
+ */
 template <Format C, int R, int DIGITS>
 void panel_digits(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
   const int groups = p.k / p.group;
@@ -349,13 +362,8 @@ void panel_digits(const Panels& p, const uint8_t* panel, const Activations& a, i
 #pragma GCC unroll 12
       for (int i = 0; i < R; ++i) {
         const int64_t at = int64_t(m0 + i) * a.groups + g;
-        const P sum = __builtin_convertvector(DIGITS == 2 ? (high[i] << 7) + low[i] : high[i], P);
-        if constexpr (C == fp4) {  // sum and 12 * digits are whole and below 2^24: their difference is exact
-          total[q][i] += ((sum - 12.f * a.digit_sums[at]) * (0.5f * a.steps[at])) * scale;
-        } else {
-          total[q][i] += sum * (scale * a.steps[at]);
-          total[q][i] += bias * a.digit_sums[at];
-        }
+        const D sum = DIGITS == 2 ? (high[i] << 7) + low[i] : high[i];
+        add_group<C == fp4>(total[q][i], sum, scale, bias, a.steps[at], a.digit_sums[at]);
       }
     }
   }
