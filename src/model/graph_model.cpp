@@ -83,6 +83,7 @@ class GraphModel final : public CausalModel {
     }
     x = wanted_rows(mx::squeeze(x, 0), segments);
     auto logits = (*head_)((*final_norm_)(x));
+    if (logits.size() == 0) return mx::zeros(logits.shape(), logits.dtype());  // a GPU refuses kernels of no rows
     if (description_.logit_scale != 1.f) logits = mx::multiply(logits, mx::array(description_.logit_scale, logits.dtype()));
     if (const float cap = description_.logit_softcap; cap > 0.f) {
       logits = mx::multiply(mx::tanh(mx::divide(logits, mx::array(cap, logits.dtype()))), mx::array(cap, logits.dtype()));
