@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "kernels/cpu/isa.h"
@@ -13,19 +14,25 @@
 
 namespace mlxlm::kernels::cpu {
 
-/** Float memory that grows and is not initialized. */
+/** Float memory that grows and is not initialized. Vectors of 64 bytes lie in one cache line each. */
 class FloatBuffer {
  public:
   float* get(int64_t floats) {
     if (floats > size_) {
-      data_ = std::make_unique_for_overwrite<float[]>(floats + 64);
+      size_ = 0;
+      data_.reset();
+      data_.reset(static_cast<float*>(::operator new((floats + 64) * sizeof(float), alignment)));
       size_ = floats;
     }
     return data_.get();
   }
 
  private:
-  std::unique_ptr<float[]> data_;
+  static constexpr std::align_val_t alignment{64};
+  struct Free {
+    void operator()(float* data) const { ::operator delete(data, alignment); }
+  };
+  std::unique_ptr<float, Free> data_;
   int64_t size_ = 0;
 };
 
