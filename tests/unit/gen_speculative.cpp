@@ -11,7 +11,7 @@
 #include "gen/generate.h"
 #include "gen/speculative.h"
 #include "parity/parity_case.h"
-#include "unit/byte_tokenizer.h"
+#include "tiny_tokenizer.h"
 
 namespace mlxlm {
 namespace {
