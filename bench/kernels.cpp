@@ -69,7 +69,7 @@ void product(benchmark::State& state) {
   const int64_t bytes = cpu::packed_bytes(*first);
   std::vector<cpu::EagerMap> maps;
   const int copies = static_cast<int>(std::max<int64_t>(1, (int64_t(96) << 20) / bytes));
-  for (int i = 0; i < copies; ++i) maps.push_back({{{i == 0 ? first : some_matrix(rows, k, bits, group), {}}}, rows, k});
+  for (int i = 0; i < copies; ++i) maps.push_back({{{i == 0 ? first : some_matrix(rows, k, bits, group), {}}}, rows});
   std::vector<float> x(int64_t(m) * k, 0.5f), out(int64_t(m) * rows);
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 97) / 97.f - 0.4f;
   std::size_t next = 0;

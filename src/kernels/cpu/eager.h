@@ -43,13 +43,13 @@ struct EagerMap {
     std::vector<float> bias;  // empty = none
   };
   std::vector<Part> parts{};
-  int out_dims = 0, in_dims = 0;
+  int out_dims = 0;
 };
 
 /** Writes row `row` of the activations to `to`; called once a row, from any thread of the pool. */
 using RowSource = std::function<void(int row, float* to)>;
 
-/** x [m, in_dims] (made by `source`) -> out [m, ld_out >= out_dims]. `exact`: float32 arithmetic, not the two-digit form. */
+/** x [m, K] (made by `source`) -> out [m, ld_out >= out_dims]. `exact`: float32 arithmetic, not the two-digit form. */
 void eager_map(const EagerMap& map, int m, const RowSource& source, bool exact, float* out, int64_t ld_out);
 
 /** Experts: token t's j-th choice is experts[t * top_k + j]. `source` makes rows 0..m-1 ([m] tokens, or [m * top_k] when per_choice).
