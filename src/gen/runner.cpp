@@ -288,6 +288,18 @@ void ModelRunner::free(engine::CacheId cache) noexcept {
   held_.erase(cache);
 }
 
+int64_t ModelRunner::held_bytes() const {
+  std::map<const void*, int64_t> buffers;
+  for (const auto& [id, h] : held_) {
+    for (const auto& c : h.caches) {
+      if (c) c->add_buffers(buffers);
+    }
+  }
+  int64_t total = 0;
+  for (const auto& [where, bytes] : buffers) total += bytes;
+  return total;
+}
+
 engine::CacheInfo ModelRunner::info(engine::CacheId cache) const {
   const auto& h = held(cache);
   const int pending = h.trail ? h.trail->pending() : 0;

@@ -48,6 +48,8 @@ class ModelRunner final : public engine::Runner {
   const cache::Caches& caches(engine::CacheId cache);
   /** Caches that live. */
   std::size_t count() const { return held_.size(); }
+  /** Bytes of all caches in memory; what several share counts once. */
+  int64_t held_bytes() const;
   /** Whether copies share memory; to measure against copies that do not. */
   void share_memory(bool share) { shares_memory_ = share; }
 
