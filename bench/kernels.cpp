@@ -105,8 +105,15 @@ void attention(benchmark::State& state) {
   const auto q = some_floats(int64_t(tokens) * heads * dims);
   std::vector<float> out(q.size());
   const std::vector<uint16_t> rows(int64_t(kv_heads) * keys * dims, 0x2E66);
-  const cpu::QuantizedSpan span{reinterpret_cast<const uint8_t*>(rows.data()), rows.data(), rows.data(), cpu::Storage::f16, dims * bits / 8,
-                                dims / 32, bits, 32, dims};
+  const cpu::QuantizedSpan span{reinterpret_cast<const uint8_t*>(rows.data()),
+                                rows.data(),
+                                rows.data(),
+                                cpu::Storage::f16,
+                                dims * bits / 8,
+                                dims / 32,
+                                bits,
+                                32,
+                                dims};
   cpu::EagerAttention s{};
   s.q = q.data();
   s.out = out.data();
