@@ -1,5 +1,5 @@
-// Kernel benchmarks: read bandwidth of this machine, and matrix products at the shapes of a model's layers. Weights are rotated past the
-// caches. Run by ./dev bench kernels; --benchmark_format=json for scripts.
+// Kernel benchmarks: read bandwidth of this machine, matrix products at the shapes of a model's layers, and attention. Weights are rotated
+// past the caches. Run by ./dev bench kernels; --benchmark_format=json for scripts.
 #include <memory>
 #include <numeric>
 #include <string>
@@ -10,6 +10,7 @@
 
 #include "base/thread_pool.h"
 #include "kernels/cpu/eager.h"
+#include "kernels/cpu/latent_attention.h"
 
 namespace mlxlm {
 namespace {
@@ -68,7 +69,7 @@ void product(benchmark::State& state) {
   const int64_t bytes = cpu::packed_bytes(*first);
   std::vector<cpu::EagerMap> maps;
   const int copies = static_cast<int>(std::max<int64_t>(1, (int64_t(96) << 20) / bytes));
-  for (int i = 0; i < copies; ++i) maps.push_back({{{i == 0 ? first : some_matrix(rows, k, bits, group), {}}}, rows, k});
+  for (int i = 0; i < copies; ++i) maps.push_back({{{i == 0 ? first : some_matrix(rows, k, bits, group), {}}}, rows});
   std::vector<float> x(int64_t(m) * k, 0.5f), out(int64_t(m) * rows);
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 97) / 97.f - 0.4f;
   std::size_t next = 0;
@@ -90,6 +91,67 @@ void shapes(benchmark::internal::Benchmark* b) {
   }
 }
 BENCHMARK(product)->Apply(shapes)->UseRealTime()->Unit(benchmark::kMicrosecond);
+
+std::vector<float> some_floats(int64_t count) {
+  std::vector<float> x(count);
+  for (int64_t i = 0; i < count; ++i) x[i] = static_cast<float>(i % 97) / 97.f - 0.4f;
+  return x;
+}
+
+/** heads, kv_heads, dims, tokens, keys (with the tokens), over float16 or, with bits, quantized keys and values. */
+void attention(benchmark::State& state) {
+  const int heads = static_cast<int>(state.range(0)), kv_heads = static_cast<int>(state.range(1)), dims = static_cast<int>(state.range(2));
+  const int tokens = static_cast<int>(state.range(3)), keys = static_cast<int>(state.range(4)), bits = static_cast<int>(state.range(5));
+  const auto q = some_floats(int64_t(tokens) * heads * dims);
+  std::vector<float> out(q.size());
+  const std::vector<uint16_t> rows(int64_t(kv_heads) * keys * dims, 0x2E66);
+  const cpu::QuantizedSpan span{reinterpret_cast<const uint8_t*>(rows.data()),
+                                rows.data(),
+                                rows.data(),
+                                cpu::Storage::f16,
+                                dims * bits / 8,
+                                dims / 32,
+                                bits,
+                                32,
+                                dims};
+  cpu::EagerAttention s{};
+  s.q = q.data();
+  s.out = out.data();
+  s.q_stride = s.out_stride = int64_t(heads) * dims;
+  s.tokens = tokens;
+  s.keys = s.values = rows.data();
+  s.capacity = keys;
+  s.visible = keys - tokens + 1;
+  if (bits > 0) s.quantized_keys = s.quantized_values = &span;
+  for (auto _ : state) cpu::eager_attention({s}, {heads, kv_heads, dims, dims, 0.1f, 0.f, cpu::Storage::f16});
+}
+BENCHMARK(attention)
+    ->ArgNames({"heads", "kv_heads", "dims", "tokens", "keys", "bits"})
+    ->ArgsProduct({{9}, {3}, {64}, {1, 32}, {40, 500, 4000}, {0}})
+    ->ArgsProduct({{32}, {8}, {128}, {1, 128}, {500, 4000}, {0, 8}})
+    ->UseRealTime()
+    ->Unit(benchmark::kMicrosecond);
+
+/** heads, tokens, keys; the sizes of DeepSeek's latents. */
+void latent_attention(benchmark::State& state) {
+  const int heads = static_cast<int>(state.range(0)), tokens = static_cast<int>(state.range(1)), keys = static_cast<int>(state.range(2));
+  const int latent = 512, more = 64;
+  const auto q = some_floats(int64_t(tokens) * heads * (latent + more));
+  std::vector<float> out(int64_t(tokens) * heads * latent);
+  const std::vector<uint16_t> rows(int64_t(keys) * latent, 0x2E66);
+  cpu::LatentAttention s{};
+  s.q = q.data();
+  s.out = out.data();
+  s.tokens = tokens;
+  s.latent = s.more = rows.data();
+  s.visible = keys - tokens + 1;
+  for (auto _ : state) cpu::eager_latent_attention({s}, {heads, latent, more, 0.1f, cpu::Storage::f16});
+}
+BENCHMARK(latent_attention)
+    ->ArgNames({"heads", "tokens", "keys"})
+    ->ArgsProduct({{16}, {1, 32}, {40, 500, 4000}})
+    ->UseRealTime()
+    ->Unit(benchmark::kMicrosecond);
 
 }  // namespace
 }  // namespace mlxlm

@@ -6,49 +6,19 @@
 #include "cache/prompt_file.h"
 #include "gen/generate.h"
 #include "gen/memory.h"
+#include "gen/runner.h"
 #include "gen/speculative.h"
 
 namespace mlxlm {
 
 namespace {
 
-const char* finish_name(gen::Finish finish) {
-  switch (finish) {
-    case gen::Finish::none:
-      return "";
-    case gen::Finish::stop:
-      return "stop";
-    case gen::Finish::length:
-      return "length";
-    case gen::Finish::cancelled:
-      return "cancelled";
-  }
-  return "";
-}
-
 gen::Options to_options(const GenerateOptions& o, const text::Tokenizer& tokenizer) {
   gen::Options options;
   options.max_tokens = o.max_tokens;
-  options.sampler = {.temperature = o.temperature,
-                     .top_p = o.top_p,
-                     .min_p = o.min_p,
-                     .min_tokens_to_keep = o.min_tokens_to_keep,
-                     .top_k = o.top_k,
-                     .xtc_probability = o.xtc_probability,
-                     .xtc_threshold = o.xtc_threshold,
-                     .seed = o.seed};
-  if (o.xtc_probability > 0.f) {
-    options.sampler.xtc_special_tokens = tokenizer.encode("\n", true);
-    const auto& eos = tokenizer.eos_token_ids();
-    options.sampler.xtc_special_tokens.insert(options.sampler.xtc_special_tokens.end(), eos.begin(), eos.end());
-  }
-  options.processors = {.logit_bias = o.logit_bias,
-                        .repetition_penalty = o.repetition_penalty,
-                        .repetition_context_size = o.repetition_context_size,
-                        .presence_penalty = o.presence_penalty,
-                        .presence_context_size = o.presence_context_size,
-                        .frequency_penalty = o.frequency_penalty,
-                        .frequency_context_size = o.frequency_context_size};
+  const auto sampling = to_sampling(o, tokenizer);
+  options.sampler = gen::sampler_options(sampling);
+  options.processors = gen::processor_options(sampling);
   options.max_kv_size_tokens = o.max_kv_size;
   options.prefill_step_tokens = o.prefill_step_size;
   options.stop = o.stop;
@@ -70,7 +40,7 @@ GenerationResponse to_public(const gen::Response& r) {
           .prompt_tps = r.prompt_tokens_per_s,
           .generation_tps = r.generation_tokens_per_s,
           .peak_memory_gb = r.peak_memory_gb,
-          .finish_reason = finish_name(r.finish)};
+          .finish_reason = gen::finish_name(r.finish)};
 }
 
 gen::Response run(Model& model, const std::string& prompt, const GenerateOptions& options, bool want_logprob,
@@ -88,6 +58,25 @@ gen::Response run(Model& model, const std::string& prompt, const GenerateOptions
 }
 
 }  // namespace
+
+engine::Sampling to_sampling(const GenerateOptions& o, const text::Tokenizer& tokenizer) {
+  return {.temperature = o.temperature,
+          .top_p = o.top_p,
+          .min_p = o.min_p,
+          .min_tokens_to_keep = o.min_tokens_to_keep,
+          .top_k = o.top_k,
+          .xtc_probability = o.xtc_probability,
+          .xtc_threshold = o.xtc_threshold,
+          .xtc_special_tokens = o.xtc_probability > 0.f ? xtc_special_tokens(tokenizer) : std::vector<int>{},
+          .seed = o.seed,
+          .logit_bias = o.logit_bias,
+          .repetition_penalty = o.repetition_penalty,
+          .presence_penalty = o.presence_penalty,
+          .frequency_penalty = o.frequency_penalty,
+          .repetition_context_size = o.repetition_context_size,
+          .presence_context_size = o.presence_context_size,
+          .frequency_context_size = o.frequency_context_size};
+}
 
 model::CausalModel* draft_model_of(const GenerateOptions& options, const Session& session) {
   if (options.draft_model == nullptr) return nullptr;

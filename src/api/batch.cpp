@@ -13,43 +13,20 @@ gen::BatchItem to_item(const BatchPrompt& p, const text::Tokenizer& tokenizer, b
   const auto& o = p.options;
   gen::BatchItem item{.prompt = encode_prompt(tokenizer, p.prompt),
                       .max_tokens = o.max_tokens,
-                      .sampling = {.temperature = o.temperature,
-                                   .top_p = o.top_p,
-                                   .min_p = o.min_p,
-                                   .min_tokens_to_keep = o.min_tokens_to_keep,
-                                   .top_k = o.top_k,
-                                   .xtc_probability = o.xtc_probability,
-                                   .xtc_threshold = o.xtc_threshold,
-                                   .seed = o.seed,
-                                   .logit_bias = o.logit_bias,
-                                   .repetition_penalty = o.repetition_penalty,
-                                   .presence_penalty = o.presence_penalty,
-                                   .frequency_penalty = o.frequency_penalty,
-                                   .repetition_context_size = o.repetition_context_size,
-                                   .presence_context_size = o.presence_context_size,
-                                   .frequency_context_size = o.frequency_context_size,
-                                   .want_logprob = want_logprobs},
+                      .sampling = to_sampling(o, tokenizer),
                       .stop = o.stop,
                       .max_kv_size_tokens = o.max_kv_size,
                       .kv_quantization = {.bits = o.kv_bits, .group_size = o.kv_group_size, .start_tokens = o.quantized_kv_start},
                       .drafts = {.ngram_tokens = o.ngram_draft_tokens, .model_tokens = o.draft_model != nullptr ? o.num_draft_tokens : 0}};
-  if (o.xtc_probability > 0.f) {
-    auto& special = item.sampling.xtc_special_tokens;
-    special = tokenizer.encode("\n", true);
-    special.insert(special.end(), tokenizer.eos_token_ids().begin(), tokenizer.eos_token_ids().end());
-  }
+  item.sampling.want_logprob = want_logprobs;
   return item;
 }
 
 BatchResult to_public(const gen::BatchAnswer& a) {
-  const char* reason = a.finish == gen::Finish::stop        ? "stop"
-                       : a.finish == gen::Finish::length    ? "length"
-                       : a.finish == gen::Finish::cancelled ? "cancelled"
-                                                            : "error";
   return {.text = a.text,
           .tokens = a.tokens,
           .logprobs = a.logprobs,
-          .finish_reason = reason,
+          .finish_reason = a.finish == gen::Finish::none ? "error" : gen::finish_name(a.finish),
           .error = a.error ? a.error->what() : "",
           .prompt_tokens = a.prompt_tokens,
           .generation_tokens = a.generation_tokens,

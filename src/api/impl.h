@@ -3,6 +3,7 @@
 
 #include "api/session.h"
 #include "cache/cache.h"
+#include "engine/runner.h"
 #include "mlxlm/mlxlm.h"
 
 namespace mlxlm {
@@ -14,6 +15,8 @@ struct Model::Impl {
 struct PromptCache::Impl {
   cache::Caches caches;  // empty = of nothing
 };
+
+engine::Sampling to_sampling(const GenerateOptions& options, const text::Tokenizer& tokenizer);
 
 /** The draft model of the options, or null. Throws Error(bad_request) when its tokens are others. */
 model::CausalModel* draft_model_of(const GenerateOptions& options, const Session& session);

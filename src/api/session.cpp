@@ -30,4 +30,11 @@ std::vector<int> encode_prompt(const text::Tokenizer& tokenizer, const std::stri
   return tokenizer.encode(prompt, !bos || !prompt.starts_with(*bos));
 }
 
+std::vector<int> xtc_special_tokens(const text::Tokenizer& tokenizer) {
+  auto tokens = tokenizer.encode("\n", true);
+  const auto& eos = tokenizer.eos_token_ids();
+  tokens.insert(tokens.end(), eos.begin(), eos.end());
+  return tokens;
+}
+
 }  // namespace mlxlm

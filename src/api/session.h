@@ -25,4 +25,7 @@ Session open_session(const std::filesystem::path& path, const model::LoadOptions
  * stream_generate */
 std::vector<int> encode_prompt(const text::Tokenizer& tokenizer, const std::string& prompt);
 
+/** What XTC never takes away: the newline and the ends of the text. */
+std::vector<int> xtc_special_tokens(const text::Tokenizer& tokenizer);
+
 }  // namespace mlxlm

@@ -137,7 +137,6 @@ class KvCache final : public AttentionCache {
   std::unique_ptr<AttentionCache> quantized(int bits, int group_size) const override;
   /** Brings shared rows into memory of its own. */
   void unshare();
-  int shared_rows() const { return shared_rows_; }
   /** The arrays must be the cache's own. */
   static std::unique_ptr<KvCache> restored(mx::array keys, mx::array values, int offset);
 

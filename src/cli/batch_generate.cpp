@@ -11,9 +11,9 @@
 
 #include "api/session.h"
 #include "base/error.h"
-#include "base/thread_pool.h"
 #include "base/utf8.h"
 #include "cli/command.h"
+#include "cli/flags.h"
 #include "gen/batch.h"
 
 namespace mlxlm::cli {
@@ -27,9 +27,7 @@ struct Arguments {
   bool trust_remote_code = false, ignore_chat_template = false, strict = false, logprobs = false, quiet = false;
   int max_tokens = 100, prefill_step_size = 512, batch_size = 32, threads = 0;
   engine::Sampling sampling;
-  std::optional<int> max_kv_size;
-  std::optional<int> kv_bits, kv_group_size;
-  int quantized_kv_start = 5000;
+  CacheFlags cache;
   DraftFlags drafts;
   std::optional<int64_t> seed;
 };
@@ -175,10 +173,6 @@ std::vector<int> tokens_of(const Line& line, const Arguments& a, const text::Tok
   return tokens;
 }
 
-const char* finish_name(const gen::BatchAnswer& a) {
-  return a.finish == gen::Finish::stop ? "stop" : a.finish == gen::Finish::length ? "length" : "cancelled";
-}
-
 json to_json(const Line& line, const gen::BatchAnswer& answer) {
   json result{{"line", line.number}};
   if (!line.id.is_null()) result["id"] = line.id;
@@ -189,7 +183,7 @@ json to_json(const Line& line, const gen::BatchAnswer& answer) {
   result["text"] = to_valid_utf8(answer.text);
   result["tokens"] = answer.tokens;
   if (line.item.sampling.want_logprob) result["logprobs"] = answer.logprobs;
-  result["finish_reason"] = finish_name(answer);
+  result["finish_reason"] = gen::finish_name(answer.finish);
   result["prompt_tokens"] = answer.prompt_tokens;
   result["generation_tokens"] = answer.generation_tokens;
   return result;
@@ -232,17 +226,14 @@ std::string bar(std::size_t done, std::size_t total, const gen::BatchGenerator::
 }
 
 gen::BatchItem to_defaults(const Arguments& a) {
-  gen::BatchItem item{.max_tokens = a.max_tokens, .sampling = a.sampling, .stop = a.stop, .max_kv_size_tokens = a.max_kv_size.value_or(0)};
+  gen::BatchItem item{
+      .max_tokens = a.max_tokens, .sampling = a.sampling, .stop = a.stop, .max_kv_size_tokens = a.cache.max_kv_size_tokens()};
   if (a.seed) {
     if (*a.seed < 0) throw Error(Code::bad_request, "seed", fmt::format("got {}, wanted 0 or more", *a.seed));
     item.sampling.seed = static_cast<uint64_t>(*a.seed);
   }
-  if (a.max_kv_size && *a.max_kv_size < 1)
-    throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted at least 1", *a.max_kv_size));
-  if (a.max_tokens == 0 || a.max_tokens < -1) {
-    throw Error(Code::bad_request, "max_tokens", fmt::format("got {}, wanted at least 1, or -1 for no limit", a.max_tokens));
-  }
-  item.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, a.quantized_kv_start);
+  check_max_tokens(a.max_tokens);
+  item.kv_quantization = a.cache.quantization();
   item.drafts = {.ngram_tokens = a.drafts.ngram_tokens, .model_tokens = a.drafts.model.empty() ? 0 : a.drafts.num_tokens};
   engine::check(item.drafts);
   item.sampling.want_logprob = a.logprobs;
@@ -271,11 +262,8 @@ void be_strict(const std::vector<Line>& lines) {
 }
 
 void encode(std::vector<Line>& lines, const Arguments& a, const text::Tokenizer& tokenizer) {
-  json variables = json::object();
-  if (!a.chat_template_config.empty()) variables = parse_json(a.chat_template_config, "--chat-template-config");
-  if (!variables.is_object()) throw Error(Code::bad_request, "--chat-template-config", "wanted a JSON object");
-  auto special = tokenizer.encode("\n", true);
-  special.insert(special.end(), tokenizer.eos_token_ids().begin(), tokenizer.eos_token_ids().end());
+  const auto variables = template_variables(a.chat_template_config);
+  const auto special = xtc_special_tokens(tokenizer);
   for (auto& line : lines) {
     if (line.error) continue;
     try {
@@ -347,14 +335,10 @@ int answer(const std::vector<Line>& lines, const Arguments& a, Session& session,
 }
 
 int run(const Arguments& a) {
-  const auto at_least = [](const char* name, int value, int least) {
-    if (value < least) throw Error(Code::bad_request, name, fmt::format("got {}, wanted at least {}", value, least));
-  };
-  at_least("--batch-size", a.batch_size, 1);
-  at_least("--prefill-step-size", a.prefill_step_size, 1);
-  at_least("--threads", a.threads, 0);
+  check_at_least("--batch-size", a.batch_size, 1);
+  check_at_least("--prefill-step-size", a.prefill_step_size, 1);
   to_bytes(a.prefix_cache_bytes);
-  if (a.threads > 0) set_compute_threads(a.threads);
+  use_threads(a.threads);
   const auto defaults = to_defaults(a);
   auto lines = read_input(a, defaults);
   if (a.strict) be_strict(lines);
@@ -371,16 +355,9 @@ int run(const Arguments& a) {
   return answer(lines, a, session, draft ? draft->loaded.model.get() : nullptr);
 }
 
-void add_sampling(CLI::App& c, Arguments& a) {
-  auto& s = a.sampling;
+void add_answer(CLI::App& c, Arguments& a) {
   c.add_option("-m,--max-tokens", a.max_tokens, "Most tokens of an answer; -1 = no limit")->capture_default_str();
-  c.add_option("--temp", s.temperature, "Sampling temperature; 0 = the most likely token")->capture_default_str();
-  c.add_option("--top-p", s.top_p, "Sampling top-p")->capture_default_str();
-  c.add_option("--min-p", s.min_p, "Sampling min-p")->capture_default_str();
-  c.add_option("--top-k", s.top_k, "Sampling top-k; 0 = off")->capture_default_str();
-  c.add_option("--xtc-probability", s.xtc_probability, "Probability of XTC for each token")->capture_default_str();
-  c.add_option("--xtc-threshold", s.xtc_threshold, "Probability that makes a token a candidate of XTC")->capture_default_str();
-  c.add_option("--min-tokens-to-keep", s.min_tokens_to_keep, "Tokens that min-p keeps at least")->capture_default_str();
+  add_sampling(c, a.sampling);
   c.add_option("--seed", a.seed, "Seed of each line that has none of its own; random when not given");
   c.add_option("--stop", a.stop, "Texts that end an answer");
 }
@@ -390,8 +367,7 @@ void add_sampling(CLI::App& c, Arguments& a) {
 void add_batch_generate(CLI::App& app, Action& action) {
   auto a = std::make_shared<Arguments>();
   auto& c = *app.add_subcommand("batch_generate", "Answer a file of prompts, many at a time");
-  c.add_option("--model", a->model, "Folder, .gguf file or repository (org/name); the default model when not given");
-  c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
+  add_model(c, a->model, a->trust_remote_code);
   c.add_option("--adapter-path", a->adapter_path, "Folder of a trained adapter");
   c.add_option("--prompts", a->prompts,
                "JSON lines, each {\"prompt\": text} or {\"messages\": [...]}; '-' reads stdin. A line may have an id and its own "
@@ -400,20 +376,20 @@ void add_batch_generate(CLI::App& app, Action& action) {
       ->required();
   c.add_option("--extra-eos-token", a->extra_eos, "Tokens, or their ids, that also end an answer");
   c.add_option("--system-prompt", a->system_prompt, "System message for the chat template, where a line has none");
-  add_sampling(c, *a);
+  add_answer(c, *a);
   c.add_flag("--logprobs", a->logprobs, "Also print the log-probability of each token");
   c.add_flag("--ignore-chat-template", a->ignore_chat_template, "Use each \"prompt\" as it is");
   c.add_option("--chat-template-config", a->chat_template_config, "JSON object of further variables for the chat template");
-  c.add_option("--max-kv-size", a->max_kv_size, "Most tokens that each cache holds; unbounded when not given");
-  c.add_option("--kv-bits", a->kv_bits, "Bits of quantized caches: 2, 3, 4, 5, 6 or 8; not quantized when not given");
-  c.add_option("--kv-group-size", a->kv_group_size, "Group size of quantized caches: 32, 64 or 128 [64]");
-  c.add_option("--quantized-kv-start", a->quantized_kv_start, "Tokens before a cache is quantized")->capture_default_str();
+  add_max_kv_size(c, a->cache);
+  add_kv_bits(c, a->cache);
+  add_quantized_kv_start(c, a->cache);
   add_drafts(c, a->drafts);
   c.add_option("--prefill-step-size", a->prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
   c.add_option("--prefix-cache-dir", a->prefix_cache_dir, "Folder where beginnings of prompts are kept for later runs");
-  c.add_option("--prefix-cache-bytes", a->prefix_cache_bytes, "Most bytes of that folder: a number, or one with K, M or G")->capture_default_str();
+  c.add_option("--prefix-cache-bytes", a->prefix_cache_bytes, "Most bytes of that folder: a number, or one with K, M or G")
+      ->capture_default_str();
   c.add_option("--batch-size", a->batch_size, "Most prompts answered at a time")->capture_default_str();
-  c.add_option("--threads", a->threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
+  add_threads(c, a->threads);
   c.add_flag("--strict", a->strict, "A broken line ends everything before the first answer");
   c.add_flag("--quiet", a->quiet, "No progress and no summary on stderr");
   c.footer("Example:\n  mlx-lm batch_generate --prompts questions.jsonl --max-tokens 200 > answers.jsonl");

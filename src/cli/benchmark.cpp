@@ -17,6 +17,7 @@
 #include "base/json.h"
 #include "base/thread_pool.h"
 #include "cli/command.h"
+#include "cli/flags.h"
 #include "gen/generate.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/packed.h"
@@ -32,7 +33,7 @@ using Clock = std::chrono::steady_clock;
 struct Arguments {
   std::string model, cpu_precision = "default";
   int prompt_tokens = 512, generation_tokens = 1024, batch_size = 1, trials = 5, prefill_step_size = 2048, delay_s = 0, threads = 0;
-  std::optional<int> kv_bits, kv_group_size;
+  CacheFlags cache{.max_kv_size = {}, .kv_bits = {}, .kv_group_size = {}, .quantized_kv_start = 0};
   bool pipeline = false, quantize_activations = false, trust_remote_code = false, json = false, bandwidth = false;
 };
 
@@ -45,16 +46,12 @@ double seconds_since(Clock::time_point start) {
 }
 
 void check(const Arguments& a) {
-  const auto at_least = [](const char* option, int value, int least) {
-    if (value < least) throw Error(Code::bad_request, option, fmt::format("got {}, wanted at least {}", value, least));
-  };
-  at_least("--prompt-tokens", a.prompt_tokens, 1);
-  at_least("--generation-tokens", a.generation_tokens, 1);
-  at_least("--batch-size", a.batch_size, 1);
-  at_least("--num-trials", a.trials, 1);
-  at_least("--prefill-step-size", a.prefill_step_size, 1);
-  at_least("--delay", a.delay_s, 0);
-  at_least("--threads", a.threads, 0);
+  check_at_least("--prompt-tokens", a.prompt_tokens, 1);
+  check_at_least("--generation-tokens", a.generation_tokens, 1);
+  check_at_least("--batch-size", a.batch_size, 1);
+  check_at_least("--num-trials", a.trials, 1);
+  check_at_least("--prefill-step-size", a.prefill_step_size, 1);
+  check_at_least("--delay", a.delay_s, 0);
   if (a.pipeline) throw Error(Code::unsupported, "--pipeline", "several machines are not supported yet");
 }
 
@@ -73,7 +70,7 @@ Trial single(const Arguments& a, Session& session, const std::vector<int>& promp
   options.prefill_step_tokens = a.prefill_step_size;
   options.ignore_eos = true;
   options.cancel = &InterruptGuard::flag();
-  options.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, 0);
+  options.kv_quantization = a.cache.quantization();
   const auto last =
       gen::stream_generate(*session.loaded.model, session.tokenizer, prompt, options, [](const gen::Response&) { return true; });
   if (last.finish == gen::Finish::cancelled) throw Error(Code::cancelled, "benchmark", "interrupted");
@@ -85,7 +82,7 @@ Trial batched(const Arguments& a, Session& session, const std::vector<std::vecto
   auto& model = *session.loaded.model;
   std::vector<cache::Caches> caches;
   for (std::size_t i = 0; i < prompts.size(); ++i) caches.push_back(cache::make_caches(model.description()));
-  const auto quantization = kv_quantization(a.kv_bits, a.kv_group_size, 0);
+  const auto quantization = a.cache.quantization();
   const auto stop_if_asked = [] {
     if (InterruptGuard::flag()) throw Error(Code::cancelled, "benchmark", "interrupted");
   };
@@ -172,7 +169,7 @@ void print_json(const Arguments& a, const Session& session, const std::vector<Tr
 
 int run(const Arguments& a) {
   check(a);
-  if (a.threads > 0) set_compute_threads(a.threads);
+  use_threads(a.threads);
   set_cpu_precision(a.cpu_precision);
   auto session =
       open_session(find_model(a.model), {.executor = model::Executor::best, .adapter = {}, .quantize_activations = a.quantize_activations});
@@ -231,9 +228,8 @@ void add_benchmark(CLI::App& app, Action& action) {
   c.add_option("--prefill-step-size", a->prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
   c.add_option("--delay", a->delay_s, "Seconds between trials")->capture_default_str();
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
-  c.add_option("--kv-bits", a->kv_bits, "Bits of a quantized cache: 2, 3, 4, 5, 6 or 8; not quantized when not given");
-  c.add_option("--kv-group-size", a->kv_group_size, "Group size of a quantized cache: 32, 64 or 128 [64]");
-  c.add_option("--threads", a->threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
+  add_kv_bits(c, a->cache);
+  add_threads(c, a->threads);
   add_cpu_precision(c, a->cpu_precision);
   c.add_flag("--bandwidth", a->bandwidth, "Also measure how fast this machine reads memory (1 GB), and the share that decoding reaches");
   c.add_flag("--json", a->json, "Print one JSON object with every trial");

@@ -10,9 +10,9 @@
 #include "api/session.h"
 #include "base/error.h"
 #include "base/json.h"
-#include "base/thread_pool.h"
 #include "cache/prompt_file.h"
 #include "cli/command.h"
+#include "cli/flags.h"
 #include "gen/generate.h"
 
 namespace mlxlm::cli {
@@ -23,8 +23,8 @@ namespace {
 struct Arguments {
   std::string model, adapter_path, file, prompt;
   std::optional<std::string> eos_token;
-  std::optional<int> max_kv_size, kv_bits, kv_group_size;
-  int quantized_kv_start = 5000, threads = 0;
+  CacheFlags cache;
+  int threads = 0;
   bool trust_remote_code = false;
 };
 
@@ -60,11 +60,8 @@ void check_writable(const std::filesystem::path& file) {
 
 gen::Options to_options(const Arguments& a) {
   gen::Options options;
-  if (a.max_kv_size && *a.max_kv_size < 1) {
-    throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted at least 1", *a.max_kv_size));
-  }
-  options.max_kv_size_tokens = a.max_kv_size.value_or(0);
-  options.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, a.quantized_kv_start);
+  options.max_kv_size_tokens = a.cache.max_kv_size_tokens();
+  options.kv_quantization = a.cache.quantization();
   options.cancel = &InterruptGuard::flag();
   options.on_prefill = [start = std::chrono::steady_clock::now()](int processed, int) {
     const double seconds = std::max(1e-9, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
@@ -75,8 +72,7 @@ gen::Options to_options(const Arguments& a) {
 }
 
 int run(const Arguments& a) {
-  if (a.threads < 0) throw Error(Code::bad_request, "--threads", fmt::format("got {}, wanted 0 (all cores) or more", a.threads));
-  if (a.threads > 0) set_compute_threads(a.threads);
+  use_threads(a.threads);
   check_writable(a.file);
   const auto text = read_prompt(a.prompt);
   auto name = model_name(a);
@@ -109,13 +105,12 @@ void add_cache_prompt(CLI::App& app, Action& action) {
   c.add_option("--adapter-path", a->adapter_path, "Folder of a trained adapter");
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
   c.add_option("--eos-token", a->eos_token, "Token that ends answers to this prompt");
-  c.add_option("--max-kv-size", a->max_kv_size, "Most tokens that the cache holds; unbounded when not given");
+  add_max_kv_size(c, a->cache);
   c.add_option("--prompt-cache-file", a->file, "File to write")->required();
   c.add_option("--prompt", a->prompt, "Message to run; '-' reads stdin")->required();
-  c.add_option("--kv-bits", a->kv_bits, "Bits of a quantized cache: 2, 3, 4, 5, 6 or 8; not quantized when not given");
-  c.add_option("--kv-group-size", a->kv_group_size, "Group size of a quantized cache: 32, 64 or 128 [64]");
-  c.add_option("--quantized-kv-start", a->quantized_kv_start, "Tokens before the cache is quantized")->capture_default_str();
-  c.add_option("--threads", a->threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
+  add_kv_bits(c, a->cache);
+  add_quantized_kv_start(c, a->cache);
+  add_threads(c, a->threads);
   c.footer(
       "Example:\n  mlx-lm cache_prompt --prompt-cache-file book.safetensors --prompt - < book.txt\n"
       "  mlx-lm generate --prompt-cache-file book.safetensors --prompt \" What is this about?\"");

@@ -12,17 +12,16 @@
 #include "base/error.h"
 #include "base/files.h"
 #include "base/text_util.h"
-#include "base/thread_pool.h"
 #include "base/utf8.h"
 #include "cli/command.h"
 #include "cli/conversation.h"
+#include "cli/flags.h"
 #include "cli/line_editor.h"
 
 namespace mlxlm::cli {
 
 namespace {
 
-constexpr int kLongPromptTokens = 512;  // from here on a prompt is worth a progress line
 constexpr std::uintmax_t kMaxConversationBytes = std::uintmax_t{64} << 20;
 constexpr const char* kFence = "\"\"\"";
 constexpr const char* kHelp =
@@ -41,49 +40,29 @@ struct Arguments {
   std::vector<std::string> extra_eos;
   std::optional<std::string> system_prompt;
   bool trust_remote_code = false, pipeline = false;
-  int max_tokens = 256, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, quantized_kv_start = 5000, threads = 0;
-  float temp = 0.f, top_p = 1.f, min_p = 0.f, xtc_probability = 0.f, xtc_threshold = 0.1f;
-  std::optional<int> max_kv_size, kv_bits, kv_group_size;
+  int max_tokens = 256, prefill_step_size = 2048, threads = 0;
   int64_t seed = 0;
+  sample::SamplerOptions sampler;
+  CacheFlags cache;
   DraftFlags drafts;
 };
 
 /** What can be known before a model is loaded. */
 gen::Options to_options(const Arguments& a) {
-  const auto at_least = [](const char* name, int64_t value, int64_t least) {
-    if (value < least) throw Error(Code::bad_request, name, fmt::format("got {}, wanted at least {}", value, least));
-  };
-  at_least("seed", a.seed, 0);
-  at_least("threads", a.threads, 0);
-  at_least("prefill_step_size", a.prefill_step_size, 1);
-  if (a.max_kv_size) at_least("max_kv_size", *a.max_kv_size, 1);
-  if (a.max_tokens == 0 || a.max_tokens < -1) {
-    throw Error(Code::bad_request, "max_tokens", fmt::format("got {}, wanted at least 1, or -1 for no limit", a.max_tokens));
-  }
+  check_at_least("seed", a.seed, 0);
+  check_at_least("prefill_step_size", a.prefill_step_size, 1);
+  check_max_tokens(a.max_tokens);
   gen::Options options;
   options.max_tokens = a.max_tokens;
-  options.sampler = {.temperature = a.temp,
-                     .top_p = a.top_p,
-                     .min_p = a.min_p,
-                     .min_tokens_to_keep = a.min_tokens_to_keep,
-                     .top_k = a.top_k,
-                     .xtc_probability = a.xtc_probability,
-                     .xtc_threshold = a.xtc_threshold,
-                     .seed = static_cast<uint64_t>(a.seed)};
+  options.sampler = a.sampler;
+  options.sampler.seed = static_cast<uint64_t>(a.seed);
   sample::check(options.sampler);
-  options.max_kv_size_tokens = a.max_kv_size.value_or(0);
-  options.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, a.quantized_kv_start);
+  options.max_kv_size_tokens = a.cache.max_kv_size_tokens();
+  options.kv_quantization = a.cache.quantization();
   options.prefill_step_tokens = a.prefill_step_size;
   options.draft_tokens = a.drafts.num_tokens;
   options.ngram_draft_tokens = a.drafts.ngram_tokens;
   return options;
-}
-
-json template_variables(const std::string& text) {
-  if (text.empty()) return json::object();
-  json variables = parse_json(text, "--chat-template-config");
-  if (!variables.is_object()) throw Error(Code::bad_request, "--chat-template-config", "wanted a JSON object");
-  return variables;
 }
 
 std::string trimmed(const std::string& text) {
@@ -316,7 +295,7 @@ int Repl::run() {
 int run(const Arguments& a) {
   auto options = to_options(a);
   auto variables = template_variables(a.chat_template_config);
-  if (a.threads > 0) set_compute_threads(a.threads);
+  use_threads(a.threads);
   set_cpu_precision(a.cpu_precision);
   const bool terminal = ::isatty(STDIN_FILENO) == 1 && ::isatty(STDOUT_FILENO) == 1;
 
@@ -328,20 +307,9 @@ int run(const Arguments& a) {
   if (draft) options.draft_model = draft->loaded.model.get();
   line.clear();
   for (const auto& token : a.extra_eos) session.tokenizer.add_eos_token(token);
-  if (a.xtc_probability > 0.f) {
-    const auto& eos = session.tokenizer.eos_token_ids();
-    auto special = session.tokenizer.encode("\n", true);
-    special.insert(special.end(), eos.begin(), eos.end());
-    options.sampler.xtc_special_tokens = std::move(special);
-  }
+  if (a.sampler.xtc_probability > 0.f) options.sampler.xtc_special_tokens = xtc_special_tokens(session.tokenizer);
   sample::check(options.sampler, session.loaded.model->description().vocab);
-  options.on_prefill = [&](int processed, int total) {
-    if (processed == total) {
-      line.clear();
-    } else if (total >= kLongPromptTokens) {
-      line.show(fmt::format("Prompt: {} of {} tokens", processed, total));
-    }
-  };
+  options.on_prefill = show_prompt_on(line);
   options.cancel = terminal ? &Interrupts::flag() : &InterruptGuard::flag();
   if (terminal) Interrupts::install();
 
@@ -352,27 +320,20 @@ int run(const Arguments& a) {
 }
 
 void add_options(CLI::App& c, Arguments& a) {
-  c.add_option("--temp", a.temp, "Sampling temperature; 0 = the most likely token")->capture_default_str();
-  c.add_option("--top-p", a.top_p, "Sampling top-p")->capture_default_str();
-  c.add_option("--min-p", a.min_p, "Sampling min-p")->capture_default_str();
-  c.add_option("--top-k", a.top_k, "Sampling top-k; 0 = off")->capture_default_str();
-  c.add_option("--xtc-probability", a.xtc_probability, "Probability of XTC for each token")->capture_default_str();
-  c.add_option("--xtc-threshold", a.xtc_threshold, "Probability that makes a token a candidate of XTC")->capture_default_str();
-  c.add_option("--min-tokens-to-keep", a.min_tokens_to_keep, "Tokens that min-p keeps at least")->capture_default_str();
+  add_sampling(c, a.sampler);
   c.add_option("--seed", a.seed, "Seed of the sampler")->capture_default_str();
   c.add_option("-m,--max-tokens", a.max_tokens, "Most tokens of an answer; -1 = no limit")->capture_default_str();
-  c.add_option("--max-kv-size", a.max_kv_size, "Most tokens that the cache holds; unbounded when not given");
+  add_max_kv_size(c, a.cache);
   c.add_option("--prefill-step-size", a.prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
   c.add_option("--system-prompt", a.system_prompt, "System message of the conversation");
   c.add_option("--chat-template-config", a.chat_template_config, "JSON object of further variables for the chat template");
   c.add_option("--extra-eos-token", a.extra_eos, "Tokens, or their ids, that also end an answer");
   c.add_flag("--pipeline", a.pipeline, "Accepted for compatibility, without effect in one process");
   add_cpu_precision(c, a.cpu_precision);
-  c.add_option("--threads", a.threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
+  add_threads(c, a.threads);
   c.add_option("--adapter-path", a.adapter_path, "Folder of a trained adapter (LoRA, DoRA or full)");
-  c.add_option("--kv-bits", a.kv_bits, "Bits of a quantized cache: 2, 3, 4, 5, 6 or 8; not quantized when not given");
-  c.add_option("--kv-group-size", a.kv_group_size, "Group size of a quantized cache: 32, 64 or 128 [64]");
-  c.add_option("--quantized-kv-start", a.quantized_kv_start, "Tokens before the cache is quantized")->capture_default_str();
+  add_kv_bits(c, a.cache);
+  add_quantized_kv_start(c, a.cache);
   add_drafts(c, a.drafts);
 }
 
@@ -381,8 +342,7 @@ void add_options(CLI::App& c, Arguments& a) {
 void add_chat(CLI::App& app, Action& action) {
   auto a = std::make_shared<Arguments>();
   auto& c = *app.add_subcommand("chat", "Talk with a model");
-  c.add_option("--model", a->model, "Folder, .gguf file or repository (org/name); the default model when not given");
-  c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
+  add_model(c, a->model, a->trust_remote_code);
   add_options(c, *a);
   c.footer("Commands while talking:\n" + std::string(kHelp) +
            "\nExample:\n  mlx-lm chat --model org/name --system-prompt \"Answer briefly.\" --temp 0.7");

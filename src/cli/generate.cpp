@@ -9,10 +9,10 @@
 
 #include "api/session.h"
 #include "base/error.h"
-#include "base/thread_pool.h"
 #include "base/utf8.h"
 #include "cache/prompt_file.h"
 #include "cli/command.h"
+#include "cli/flags.h"
 #include "gen/generate.h"
 #include "gen/memory.h"
 #include "gen/speculative.h"
@@ -21,17 +21,15 @@ namespace mlxlm::cli {
 
 namespace {
 
-constexpr int kLongPromptTokens = 512;  // from here on a prompt is worth a progress line
-
 /** The options as the command line spells them; defaults are the reference's. */
 struct Arguments {
   std::string model, adapter_path, prompt = "hello", chat_template_config, verbose = "True", prompt_cache_file, cpu_precision = "default";
   std::vector<std::string> extra_eos, images, stop;
   std::optional<std::string> system_prompt, prefill_response;
   bool trust_remote_code = false, ignore_chat_template = false, default_chat_template = false, quantize_activations = false, json = false;
-  int max_tokens = 100, top_k = 0, min_tokens_to_keep = 1, prefill_step_size = 2048, quantized_kv_start = 5000, threads = 0;
-  float temp = 0.f, top_p = 1.f, min_p = 0.f, xtc_probability = 0.f, xtc_threshold = 0.1f;
-  std::optional<int> max_kv_size, kv_bits, kv_group_size;
+  int max_tokens = 100, prefill_step_size = 2048, threads = 0;
+  sample::SamplerOptions sampler;
+  CacheFlags cache;
   std::optional<int64_t> seed;
   DraftFlags drafts;
 };
@@ -60,13 +58,6 @@ std::string read_prompt(const std::string& argument) {
   std::string text(std::istreambuf_iterator<char>(std::cin), {});
   if (std::cin.bad()) throw Error(Code::io, "stdin", "could not be read");
   return text;
-}
-
-json template_variables(const std::string& text) {
-  if (text.empty()) return json::object();
-  json variables = parse_json(text, "--chat-template-config");
-  if (!variables.is_object()) throw Error(Code::bad_request, "--chat-template-config", "wanted a JSON object");
-  return variables;
 }
 
 /** The end of a templated prompt, from where the user's text begins: what comes before it is in the cache of --prompt-cache-file. */
@@ -131,7 +122,7 @@ cache::Caches open_caches(const Arguments& a, const arch::Model& model) {
   if (a.prompt_cache_file.empty()) return {};
   gen::check_available_for(a.prompt_cache_file, static_cast<int64_t>(std::filesystem::file_size(a.prompt_cache_file)));
   auto caches = cache::load_prompt_file(a.prompt_cache_file, model);
-  cache::check_prompt_quantization(caches, a.kv_bits.value_or(0), a.kv_group_size.value_or(0));
+  cache::check_prompt_quantization(caches, a.cache.kv_bits.value_or(0), a.cache.kv_group_size.value_or(0));
   return caches;
 }
 
@@ -139,29 +130,16 @@ cache::Caches open_caches(const Arguments& a, const arch::Model& model) {
 gen::Options to_options(const Arguments& a) {
   gen::Options options;
   options.max_tokens = a.max_tokens;
-  options.sampler = {.temperature = a.temp,
-                     .top_p = a.top_p,
-                     .min_p = a.min_p,
-                     .min_tokens_to_keep = a.min_tokens_to_keep,
-                     .top_k = a.top_k,
-                     .xtc_probability = a.xtc_probability,
-                     .xtc_threshold = a.xtc_threshold};
+  options.sampler = a.sampler;
   if (a.seed) {
     if (*a.seed < 0) throw Error(Code::bad_request, "seed", fmt::format("got {}, wanted 0 or more", *a.seed));
     options.sampler.seed = static_cast<uint64_t>(*a.seed);
   }
   sample::check(options.sampler);
-  if (a.max_tokens == 0 || a.max_tokens < -1) {
-    throw Error(Code::bad_request, "max_tokens", fmt::format("got {}, wanted at least 1, or -1 for no limit", a.max_tokens));
-  }
-  if (a.max_kv_size && *a.max_kv_size < 1) {
-    throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted at least 1", *a.max_kv_size));
-  }
-  if (a.prefill_step_size < 1) {
-    throw Error(Code::bad_request, "prefill_step_size", fmt::format("got {}, wanted at least 1", a.prefill_step_size));
-  }
-  options.max_kv_size_tokens = a.max_kv_size.value_or(0);
-  options.kv_quantization = kv_quantization(a.kv_bits, a.kv_group_size, a.quantized_kv_start);
+  check_max_tokens(a.max_tokens);
+  options.max_kv_size_tokens = a.cache.max_kv_size_tokens();
+  check_at_least("prefill_step_size", a.prefill_step_size, 1);
+  options.kv_quantization = a.cache.quantization();
   options.prefill_step_tokens = a.prefill_step_size;
   options.stop = a.stop;
   options.draft_tokens = a.drafts.num_tokens;
@@ -170,18 +148,11 @@ gen::Options to_options(const Arguments& a) {
   return options;
 }
 
-const char* finish_name(gen::Finish finish) {
-  return finish == gen::Finish::stop        ? "stop"
-         : finish == gen::Finish::length    ? "length"
-         : finish == gen::Finish::cancelled ? "cancelled"
-                                            : "";
-}
-
 void print_json(const std::string& text, const std::vector<int>& tokens, const gen::Response& last, const std::string& model) {
   const json result{{"model", model},
                     {"text", to_valid_utf8(text)},
                     {"tokens", tokens},
-                    {"finish_reason", finish_name(last.finish)},
+                    {"finish_reason", gen::finish_name(last.finish)},
                     {"prompt_tokens", last.prompt_tokens},
                     {"prompt_tps", last.prompt_tokens_per_s},
                     {"generation_tokens", last.generation_tokens},
@@ -212,8 +183,7 @@ int run(const Arguments& a) {
   auto options = to_options(a);
   const auto variables = template_variables(a.chat_template_config);
   const auto text = read_prompt(a.prompt);
-  if (a.threads < 0) throw Error(Code::bad_request, "--threads", fmt::format("got {}, wanted 0 (all cores) or more", a.threads));
-  if (a.threads > 0) set_compute_threads(a.threads);
+  use_threads(a.threads);
 
   set_cpu_precision(a.cpu_precision);
   cache::PromptMetadata cached;
@@ -231,18 +201,8 @@ int run(const Arguments& a) {
   for (const auto& token : a.extra_eos) session.tokenizer.add_eos_token(token);
   const auto prompt = prompt_tokens(a, session.tokenizer, text, variables);
   const auto& eos = session.tokenizer.eos_token_ids();
-  if (a.xtc_probability > 0.f) {
-    auto special = session.tokenizer.encode("\n", true);
-    special.insert(special.end(), eos.begin(), eos.end());
-    options.sampler.xtc_special_tokens = std::move(special);
-  }
-  options.on_prefill = [&](int processed, int total) {
-    if (processed == total) {
-      line.clear();
-    } else if (total >= kLongPromptTokens) {
-      line.show(fmt::format("Prompt: {} of {} tokens", processed, total));
-    }
-  };
+  if (a.sampler.xtc_probability > 0.f) options.sampler.xtc_special_tokens = xtc_special_tokens(session.tokenizer);
+  options.on_prefill = show_prompt_on(line);
 
   const bool verbose = is_true(a.verbose) && !a.json;
   if (verbose) fmt::print("==========\n");
@@ -272,29 +232,22 @@ int run(const Arguments& a) {
   return last.finish == gen::Finish::cancelled ? exit_status(Code::cancelled) : 0;
 }
 
-void add_sampling(CLI::App& c, Arguments& a) {
+void add_answer(CLI::App& c, Arguments& a) {
   c.add_option("-m,--max-tokens", a.max_tokens, "Most tokens to generate; -1 = no limit")->capture_default_str();
-  c.add_option("--temp", a.temp, "Sampling temperature; 0 = the most likely token")->capture_default_str();
-  c.add_option("--top-p", a.top_p, "Sampling top-p")->capture_default_str();
-  c.add_option("--min-p", a.min_p, "Sampling min-p")->capture_default_str();
-  c.add_option("--top-k", a.top_k, "Sampling top-k; 0 = off")->capture_default_str();
-  c.add_option("--xtc-probability", a.xtc_probability, "Probability of XTC for each token")->capture_default_str();
-  c.add_option("--xtc-threshold", a.xtc_threshold, "Probability that makes a token a candidate of XTC")->capture_default_str();
-  c.add_option("--min-tokens-to-keep", a.min_tokens_to_keep, "Tokens that min-p keeps at least")->capture_default_str();
+  add_sampling(c, a.sampler);
   c.add_option("--seed", a.seed, "Seed of the sampler; random when not given");
   c.add_option("--stop", a.stop, "Texts that end the answer");
 }
 
 void add_cache(CLI::App& c, Arguments& a) {
-  c.add_option("--max-kv-size", a.max_kv_size, "Most tokens that the cache holds; unbounded when not given");
+  add_max_kv_size(c, a.cache);
   c.add_option("--prefill-step-size", a.prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
   c.add_option("--prompt-cache-file", a.prompt_cache_file, "Cache of the prompt's beginning, made by cache_prompt");
   c.add_flag("--quantize-activations", a.quantize_activations, "Round activations to the format of the weights, mxfp8 or nvfp4; also -qa");
-  c.add_option("--kv-bits", a.kv_bits, "Bits of a quantized cache: 2, 3, 4, 5, 6 or 8; not quantized when not given");
-  c.add_option("--kv-group-size", a.kv_group_size, "Group size of a quantized cache: 32, 64 or 128 [64]");
-  c.add_option("--quantized-kv-start", a.quantized_kv_start, "Tokens before the cache is quantized")->capture_default_str();
+  add_kv_bits(c, a.cache);
+  add_quantized_kv_start(c, a.cache);
   add_drafts(c, a.drafts);
-  c.add_option("--threads", a.threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
+  add_threads(c, a.threads);
 }
 
 }  // namespace
@@ -302,15 +255,14 @@ void add_cache(CLI::App& c, Arguments& a) {
 void add_generate(CLI::App& app, Action& action) {
   auto a = std::make_shared<Arguments>();
   auto& c = *app.add_subcommand("generate", "Generate text from a prompt");
-  c.add_option("--model", a->model, "Folder, .gguf file or repository (org/name); the default model when not given");
-  c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
+  add_model(c, a->model, a->trust_remote_code);
   c.add_option("--adapter-path", a->adapter_path, "Folder of a trained adapter (LoRA, DoRA or full)");
   c.add_option("--extra-eos-token", a->extra_eos, "Tokens, or their ids, that also end the answer");
   c.add_option("--system-prompt", a->system_prompt, "System message for the chat template");
   c.add_option("-p,--prompt", a->prompt, "Message to the model; \\n and \\t are escapes; '-' reads stdin")->capture_default_str();
   c.add_option("--image", a->images, "Image files (models that take images are not supported yet)");
   c.add_option("--prefill-response", a->prefill_response, "Beginning of the answer, to be continued");
-  add_sampling(c, *a);
+  add_answer(c, *a);
   c.add_flag("--ignore-chat-template", a->ignore_chat_template, "Use the prompt as it is");
   c.add_flag("--use-default-chat-template", a->default_chat_template, "Accepted for compatibility, without effect");
   c.add_option("--chat-template-config", a->chat_template_config, "JSON object of further variables for the chat template");

@@ -9,8 +9,8 @@
 
 #include "base/error.h"
 #include "base/text_util.h"
-#include "base/thread_pool.h"
 #include "cli/command.h"
+#include "cli/flags.h"
 #include "model/causal_model.h"
 #include "weights/weights.h"
 
@@ -42,7 +42,7 @@ std::vector<int> parse_tokens(const std::string& text, int vocab) {
 
 int run(const Arguments& a) {
   if (a.chunk < 0) throw Error(Code::bad_request, "--chunk", fmt::format("got {}, wanted 0 (all at once) or more", a.chunk));
-  if (a.threads > 0) set_compute_threads(a.threads);
+  use_threads(a.threads);
   set_cpu_precision(a.cpu_precision);
   auto loaded = model::load(find_model(a.model));
   const auto& description = loaded.model->description();
@@ -74,7 +74,7 @@ void add_logits(CLI::App& app, Action& action) {
   c.add_option("--out", a->out, "File to write")->required();
   c.add_flag("--cached", a->cached, "One token at a time through the cache");
   c.add_option("--chunk", a->chunk, "Tokens at a time through the cache; 0 = all at once")->capture_default_str();
-  c.add_option("--threads", a->threads, "CPU threads; 0 = all cores this process may use")->capture_default_str();
+  add_threads(c, a->threads);
   add_cpu_precision(c, a->cpu_precision);
   c.footer("Example:\n  mlx-lm logits --model FOLDER --tokens 5,17,3 --out logits.safetensors");
   c.callback([a, &action] { action = [a] { return run(*a); }; });

@@ -51,18 +51,6 @@ engine::Limits default_limits(int max_sequences) {
   return limits;
 }
 
-BatchGenerator::Stats BatchGenerator::Stats::since(const Stats& e) const {
-  return {prompt_tokens - e.prompt_tokens,
-          generation_tokens - e.generation_tokens,
-          steps - e.steps,
-          drafted_tokens - e.drafted_tokens,
-          accepted_tokens - e.accepted_tokens,
-          prompt_s - e.prompt_s,
-          decode_s - e.decode_s,
-          wall_s - e.wall_s,
-          peak_memory_gb};
-}
-
 BatchGenerator::BatchGenerator(model::CausalModel& model, BatchOptions options, bool keep_caches)
     : model_(model),
       options_(std::move(options)),

@@ -69,8 +69,6 @@ class BatchGenerator {
     double peak_memory_gb = 0;
     double prompt_tps() const { return prompt_s > 0 ? static_cast<double>(prompt_tokens) / prompt_s : 0; }
     double generation_tps() const { return wall_s > 0 ? static_cast<double>(generation_tokens) / wall_s : 0; }
-    /** The work between two readings; peak_memory_gb stays. */
-    Stats since(const Stats& earlier) const;
   };
 
   explicit BatchGenerator(model::CausalModel& model, BatchOptions options = {}, bool keep_caches = false);

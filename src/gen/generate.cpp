@@ -398,6 +398,11 @@ bool Generation::draft_and_check(Trail& trail, int last_token) {
 
 }  // namespace
 
+const char* finish_name(Finish finish) {
+  constexpr const char* names[] = {"", "stop", "length", "cancelled"};
+  return names[static_cast<int>(finish)];
+}
+
 bool prefill(model::CausalModel& model, const std::vector<int>& prompt, const Options& options, cache::Caches& caches) {
   check_prompt(model.description(), prompt, options, caches);
   if (caches.empty()) caches = cache::make_caches(model.description(), options.max_kv_size_tokens);

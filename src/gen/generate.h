@@ -36,6 +36,8 @@ struct Options {
 };
 
 enum class Finish { none, stop, length, cancelled };
+/** "stop" and so on; none has no name. */
+const char* finish_name(Finish finish);
 
 /** What one token brought. */
 struct Response {

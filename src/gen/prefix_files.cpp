@@ -105,8 +105,7 @@ std::vector<File> files_of(const fs::path& folder) {
   return list;
 }
 
-}  // namespace
-
+/** Names what a model computes, weights included: from the bits of a few logits. */
 std::string model_fingerprint(model::CausalModel& model) {
   constexpr int count = 16;
   const int vocab = model.description().vocab;
@@ -117,6 +116,8 @@ std::string model_fingerprint(model::CausalModel& model) {
   mx::eval(logits);
   return fmt::format("{:016x}-{}", hash_bytes(logits.data<float>(), logits.nbytes()), model.description().layers.size());
 }
+
+}  // namespace
 
 PrefixFiles::PrefixFiles(PrefixFolder options, model::CausalModel& model, ModelRunner& runner)
     : options_(std::move(options)), model_(model), runner_(runner), fingerprint_(model_fingerprint(model)) {

@@ -30,7 +30,6 @@ class PrefixFiles final : public engine::PrefixStore {
   void save(engine::CacheId cache, std::span<const int> tokens) noexcept override;
 
   std::size_t size() const { return held_.size(); }
-  const std::string& fingerprint() const { return fingerprint_; }
 
  private:
   struct Held {
@@ -56,8 +55,5 @@ class PrefixFiles final : public engine::PrefixStore {
   std::vector<int> loaded_tokens_;
   mutable bool warned_ = false;
 };
-
-/** Names what a model computes, weights included: from the bits of a few logits. */
-std::string model_fingerprint(model::CausalModel& model);
 
 }  // namespace mlxlm::gen

@@ -30,8 +30,7 @@ fs::path program_folder() {
 #endif
 }
 
-}  // namespace
-
+/** Where the embedded model is looked for, best first. */
 std::vector<fs::path> embedded_candidates() {
   std::vector<fs::path> places;
   if (const auto program = program_folder(); !program.empty()) {
@@ -44,6 +43,8 @@ std::vector<fs::path> embedded_candidates() {
   }
   return places;
 }
+
+}  // namespace
 
 fs::path resolve_default(const ResolveOptions& options) {
   if (const auto named = environment("MLXLM_DEFAULT_MODEL"); !named.empty()) return resolve(named, options);

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <filesystem>
-#include <string>
-#include <vector>
 
 #include "hub/hub.h"
 
@@ -16,8 +14,5 @@ inline constexpr const char* kEmbeddedName = "SmolLM2-135M-Instruct.gguf";
 /** $MLXLM_DEFAULT_MODEL if set; else kDefaultRepo from the cache, or from the hub if it answers within seconds; else the embedded model
  *  beside the program or in ~/.cache/mlx-lm.cpp. Throws Error(not_found) saying how to get one. */
 std::filesystem::path resolve_default(const ResolveOptions& options = {});
-
-/** Where the embedded model is looked for, best first. */
-std::vector<std::filesystem::path> embedded_candidates();
 
 }  // namespace mlxlm::hub

@@ -19,10 +19,6 @@ bool same_kind(const Linear::Weights& a, const Linear::Weights& b) {
   return a.quant->mode == b.quant->mode && a.quant->bits == b.quant->bits && a.quant->group_size == b.quant->group_size;
 }
 
-int in_dims_of(const Linear::Weights& w) {
-  return w.quant ? static_cast<int>(int64_t(w.weight.shape(-1)) * 32 / w.quant->bits) : w.weight.shape(-1);
-}
-
 cpu::PackedMatrixPtr pack(const std::vector<Linear::Weights>& parts) {
   std::vector<mx::array> weights, scales, biases;
   for (const auto& part : parts) {
@@ -62,7 +58,6 @@ mx::array apply_part(const mx::array& x, const Linear::Weights& w) {
 
 Linear::Linear(std::vector<Weights> parts) : parts_(std::move(parts)) {
   if (parts_.empty()) throw Error(Code::internal, "Linear", "no weights");
-  in_dims_ = in_dims_of(parts_[0]);
   for (const auto& part : parts_) out_dims_ += part.weight.shape(-2);
   if (parts_[0].quantize_input) input_quant_ = parts_[0].quant;
   bool adapters = false;
@@ -169,12 +164,11 @@ mx::array Linear::embed(const mx::array& tokens, mx::Dtype dtype) const {
 
 cpu::EagerMap Linear::eager() const {
   cpu::EagerMap map;
-  map.in_dims = in_dims_;
   map.out_dims = out_dims_;
   if (input_quant_) return map;
   for (const auto& part : split_) {
     auto one = part->eager();
-    if (one.parts.empty()) return {{}, out_dims_, in_dims_};
+    if (one.parts.empty()) return {{}, out_dims_};
     map.parts.insert(map.parts.end(), one.parts.begin(), one.parts.end());
   }
   if (!packed_) return map;

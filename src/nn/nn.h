@@ -46,7 +46,6 @@ class Linear {
   mx::array embed(const mx::array& tokens, mx::Dtype dtype) const;
   int64_t bytes() const;
   int out_dims() const { return out_dims_; }
-  int in_dims() const { return in_dims_; }
   /** The packed matrices one below the other, for executors that run without arrays; no parts unless on the CPU, without adapters and with
    * inputs as they come. */
   kernels::cpu::EagerMap eager() const;
@@ -64,7 +63,7 @@ class Linear {
   std::optional<mx::array> stretch_;
   float adapter_scale_ = 0.f;
   std::optional<plan::Quant> input_quant_;
-  int out_dims_ = 0, in_dims_ = 0;
+  int out_dims_ = 0;
 };
 
 /** One small map a head, as in absorbed latent attention: [H, out, in], kept dense. */

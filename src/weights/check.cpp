@@ -35,6 +35,41 @@ std::string nearest(const std::string& name, const std::set<std::string>& candid
   return near.empty() ? "" : "; nearest to the first that is " + what + ": " + join(near);
 }
 
+std::optional<plan::Quant> from_shapes(int in_dims, const mx::array& weight, const mx::array& scales) {
+  if (weight.ndim() == 0 || scales.ndim() == 0 || scales.shape(-1) == 0 || in_dims == 0) return std::nullopt;
+  plan::Quant q;
+  q.group_size = in_dims / scales.shape(-1);
+  q.bits = static_cast<int>(int64_t(weight.shape(-1)) * 32 / in_dims);
+  if (scales.dtype() == mx::uint8) {
+    if (q.bits == 4 && q.group_size == 16)
+      q.mode = "nvfp4";
+    else if (q.bits == 4 && q.group_size == 32)
+      q.mode = "mxfp4";
+    else if (q.bits == 8 && q.group_size == 32)
+      q.mode = "mxfp8";
+    else
+      return std::nullopt;
+    return q;
+  }
+  const bool bits = q.bits >= 2 && q.bits <= 8 && q.bits != 7;
+  if (!bits || (q.group_size != 32 && q.group_size != 64 && q.group_size != 128)) return std::nullopt;
+  return q;
+}
+
+/** How module `path` is quantized, or nullopt. From the config and, for unnamed paths, from the shapes in the checkpoint;
+ *  `in_dims` is the unquantized last axis. Reference: mlx_lm/utils.py infer_quant_config */
+std::optional<plan::Quant> quant_of(const std::string& path, int in_dims, const Tensors& tensors, const plan::QuantConfig& config) {
+  const auto named = config.by_path.find(path);
+  if (named != config.by_path.end() && !named->second) return std::nullopt;
+  const auto weight = tensors.find(path + ".weight"), scales = tensors.find(path + ".scales");
+  if (weight == tensors.end() || scales == tensors.end()) return std::nullopt;
+  if (!config.global)
+    throw Error(Code::bad_weights, path + ".scales", "got a quantized tensor, but config.json says nothing of quantization");
+  if (named != config.by_path.end()) return named->second;
+  if (const auto inferred = from_shapes(in_dims, weight->second, scales->second)) return inferred;
+  return config.global;
+}
+
 class Checker {
  public:
   Checker(const Tensors& tensors, const plan::QuantConfig& config, const std::string& where)
@@ -108,40 +143,7 @@ class Checker {
   std::map<std::string, plan::Quant> quant_;
 };
 
-std::optional<plan::Quant> from_shapes(int in_dims, const mx::array& weight, const mx::array& scales) {
-  if (weight.ndim() == 0 || scales.ndim() == 0 || scales.shape(-1) == 0 || in_dims == 0) return std::nullopt;
-  plan::Quant q;
-  q.group_size = in_dims / scales.shape(-1);
-  q.bits = static_cast<int>(int64_t(weight.shape(-1)) * 32 / in_dims);
-  if (scales.dtype() == mx::uint8) {
-    if (q.bits == 4 && q.group_size == 16)
-      q.mode = "nvfp4";
-    else if (q.bits == 4 && q.group_size == 32)
-      q.mode = "mxfp4";
-    else if (q.bits == 8 && q.group_size == 32)
-      q.mode = "mxfp8";
-    else
-      return std::nullopt;
-    return q;
-  }
-  const bool bits = q.bits >= 2 && q.bits <= 8 && q.bits != 7;
-  if (!bits || (q.group_size != 32 && q.group_size != 64 && q.group_size != 128)) return std::nullopt;
-  return q;
-}
-
 }  // namespace
-
-std::optional<plan::Quant> quant_of(const std::string& path, int in_dims, const Tensors& tensors, const plan::QuantConfig& config) {
-  const auto named = config.by_path.find(path);
-  if (named != config.by_path.end() && !named->second) return std::nullopt;
-  const auto weight = tensors.find(path + ".weight"), scales = tensors.find(path + ".scales");
-  if (weight == tensors.end() || scales == tensors.end()) return std::nullopt;
-  if (!config.global)
-    throw Error(Code::bad_weights, path + ".scales", "got a quantized tensor, but config.json says nothing of quantization");
-  if (named != config.by_path.end()) return named->second;
-  if (const auto inferred = from_shapes(in_dims, weight->second, scales->second)) return inferred;
-  return config.global;
-}
 
 std::map<std::string, plan::Quant> check(const Tensors& tensors, const arch::Model& model, const plan::QuantConfig& config,
                                          const std::string& where) {

@@ -13,6 +13,13 @@ namespace {
 
 constexpr uint64_t max_items = 16'000'000;
 
+std::string gguf_type_name(uint32_t type) {
+  static const char* const names[] = {"F32",  "F16",  "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1",
+                                      "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"};
+  if (type < std::size(names)) return names[type];
+  return type == 30 ? "BF16" : "type " + std::to_string(type);
+}
+
 class Reader {
  public:
   explicit Reader(const MappedFile& file) : where_(file.path().string()), bytes_(file.bytes()) {}
@@ -189,13 +196,6 @@ void place_tensors(Reader& r, GgufFile& file) {
 }
 
 }  // namespace
-
-std::string gguf_type_name(uint32_t type) {
-  static const char* const names[] = {"F32",  "F16",  "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1",
-                                      "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"};
-  if (type < std::size(names)) return names[type];
-  return type == 30 ? "BF16" : "type " + std::to_string(type);
-}
 
 GgufFile read_gguf(const std::filesystem::path& path) {
   GgufFile file;

@@ -31,6 +31,4 @@ struct GgufFile {
 /** Throws Error(bad_weights) for anything that does not fit the file, Error(unsupported) for other versions and types of tensors. */
 GgufFile read_gguf(const std::filesystem::path& path);
 
-std::string gguf_type_name(uint32_t type);
-
 }  // namespace mlxlm::weights

@@ -52,10 +52,6 @@ void save_safetensors(const std::filesystem::path& file, const Tensors& tensors,
 /** Applies rules in order. Throws Error(bad_weights) for gaps in stacked experts. */
 void apply_rules(Tensors& tensors, const arch::Model& model);
 
-/** How module `path` is quantized, or nullopt. From the config and, for unnamed paths, from the shapes in the checkpoint;
- *  `in_dims` is the unquantized last axis. Reference: mlx_lm/utils.py infer_quant_config */
-std::optional<plan::Quant> quant_of(const std::string& path, int in_dims, const Tensors& tensors, const plan::QuantConfig& config);
-
 /** Compares with the plan: a missing or left-over tensor, a wrong shape or dtype is Error(bad_weights) that names it,
  *  what was got and wanted, and the nearest names. Returns the quantization by module path. */
 std::map<std::string, plan::Quant> check(const Tensors& tensors, const arch::Model& model, const plan::QuantConfig& config,

@@ -113,54 +113,69 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
     limits.draft_tokens = 1000;  // nobody's are cut
     gen::ModelRunner runner(*model_, limits, draft_model_.get());
     if (pick(0, 1)) limits.memory_bytes = 4 * runner.cost_bytes(430, {.with_drafts = true}) + limits.prefix_cache_bytes;
+    Told told;
+    {
+      Engine engine(runner, limits);
+      play(engine, told);
+      if (HasFailure()) return;
+      for (const auto& e : engine.step().events) told.ends[e.id] = e.finish;
+    }
+    EXPECT_EQ(runner.count(), 0u);
+    for (const auto& [id, r] : told.requests) {
+      compare(id, r, told, limits);
+      if (HasFailure()) return;
+    }
+  }
+
+  struct Told {
     std::map<SequenceId, Request> requests;
     std::map<SequenceId, std::vector<int>> answers;
     std::map<SequenceId, Finish> ends;
-    {
-      Engine engine(runner, limits);
-      int left = 12;
-      while (left > 0 || engine.has_work()) {
-        while (left > 0 && pick(0, 2) == 0) {
-          --left;
-          auto r = request();
-          requests.emplace(engine.submit(r), r);
-        }
-        if (!requests.empty() && pick(0, 30) == 0) engine.cancel(requests.rbegin()->first - pick(0, 3));
-        for (auto& e : engine.step().events) {
-          if (e.chosen) {
-            answers[e.id].push_back(e.chosen->token);
-            const auto& s = requests.at(e.id).sampling;
-            EXPECT_EQ(e.chosen->top.size(), static_cast<std::size_t>(s.top_logprobs));
-            if (s.temperature == 0 && s.top_logprobs > 0) {
-              EXPECT_EQ(e.chosen->top.front().logprob, e.chosen->logprob);
-            }
-          }
-          if (e.finish != Finish::none) ends[e.id] = e.finish;
-          if (e.error) ADD_FAILURE() << e.error->what();
-        }
-        for (const auto& violation : check_invariants(engine.snapshot())) ADD_FAILURE() << violation;
-        if (HasFailure()) return;
+  };
+
+  /** Requests come, and some are cancelled, while others are answered. */
+  void play(Engine& engine, Told& told) {
+    int left = 12;
+    while (left > 0 || engine.has_work()) {
+      while (left > 0 && pick(0, 2) == 0) {
+        --left;
+        auto r = request();
+        told.requests.emplace(engine.submit(r), r);
       }
-      for (const auto& e : engine.step().events) ends[e.id] = e.finish;
+      if (!told.requests.empty() && pick(0, 30) == 0) engine.cancel(told.requests.rbegin()->first - pick(0, 3));
+      for (auto& e : engine.step().events) take(e, told);
+      for (const auto& violation : check_invariants(engine.snapshot())) ADD_FAILURE() << violation;
+      if (HasFailure()) return;
     }
-    EXPECT_EQ(runner.count(), 0u);
-    for (const auto& [id, r] : requests) {
-      // What a limited cache forgets depends on the chunks, alone as well.
-      const bool limited = (r.max_kv_size_tokens > 0 && r.tokens.size() > static_cast<std::size_t>(r.max_kv_size_tokens)) || r.kv_bits > 0;
-      if (HasFailure()) std::exit(1);
-      const auto wanted = run_alone(*model_, r, limited ? limits.limited_chunk_tokens : pick(1, 64), draft_model_.get());
-      const auto& got = answers[id];
-      if (ends.at(id) == Finish::length) {
-        EXPECT_EQ(got, wanted) << "request " << id << " of " << requests.size() << ": prompt " << r.tokens.size() << ", max_kv "
-                               << r.max_kv_size_tokens << ", temperature " << r.sampling.temperature << ", boundaries "
-                               << r.boundaries.size() << ", bits " << r.kv_bits << " from " << r.quantized_kv_start << ", limited chunk "
-                               << limits.limited_chunk_tokens << " prefill " << limits.prefill_tokens << " step " << limits.step_tokens
-                               << " max_kv " << r.max_kv_size_tokens << ", drafts " << r.drafts.ngram_tokens << " "
-                               << r.drafts.model_tokens;
-      } else {
-        EXPECT_EQ(ends.at(id), Finish::cancelled);
-        EXPECT_TRUE(got.size() <= wanted.size() && std::equal(got.begin(), got.end(), wanted.begin()));
+  }
+
+  static void take(const Event& e, Told& told) {
+    if (e.chosen) {
+      told.answers[e.id].push_back(e.chosen->token);
+      const auto& s = told.requests.at(e.id).sampling;
+      EXPECT_EQ(e.chosen->top.size(), static_cast<std::size_t>(s.top_logprobs));
+      if (s.temperature == 0 && s.top_logprobs > 0) {
+        EXPECT_EQ(e.chosen->top.front().logprob, e.chosen->logprob);
       }
+    }
+    if (e.finish != Finish::none) told.ends[e.id] = e.finish;
+    if (e.error) ADD_FAILURE() << e.error->what();
+  }
+
+  void compare(SequenceId id, const Request& r, Told& told, const Limits& limits) {
+    // What a limited cache forgets depends on the chunks, alone as well.
+    const bool limited = (r.max_kv_size_tokens > 0 && r.tokens.size() > static_cast<std::size_t>(r.max_kv_size_tokens)) || r.kv_bits > 0;
+    const auto wanted = run_alone(*model_, r, limited ? limits.limited_chunk_tokens : pick(1, 64), draft_model_.get());
+    const auto& got = told.answers[id];
+    if (told.ends.at(id) == Finish::length) {
+      EXPECT_EQ(got, wanted) << "request " << id << " of " << told.requests.size() << ": prompt " << r.tokens.size() << ", max_kv "
+                             << r.max_kv_size_tokens << ", temperature " << r.sampling.temperature << ", boundaries " << r.boundaries.size()
+                             << ", bits " << r.kv_bits << " from " << r.quantized_kv_start << ", limited chunk "
+                             << limits.limited_chunk_tokens << " prefill " << limits.prefill_tokens << " step " << limits.step_tokens
+                             << ", drafts " << r.drafts.ngram_tokens << " " << r.drafts.model_tokens;
+    } else {
+      EXPECT_EQ(told.ends.at(id), Finish::cancelled);
+      EXPECT_TRUE(got.size() <= wanted.size() && std::equal(got.begin(), got.end(), wanted.begin()));
     }
   }
 
@@ -186,11 +201,7 @@ TEST_P(ModelFuzz, EveryAnswerIsTheOneGivenAlone) {
 INSTANTIATE_TEST_SUITE_P(Family, ModelFuzz,
                          testing::Values("llama.f32", "llama.q4", "mistral.q4", "gemma3_text.q4", "nemotron_h.f32", "nemotron_h.q4",
                                          "deepseek_v3.q4", "qwen3_moe.q4", "phi3.q4", "llama.bf16"),
-                         [](const auto& info) {
-                           std::string name = info.param;
-                           std::ranges::replace(name, '.', '_');
-                           return name;
-                         });
+                         test_name);
 
 }  // namespace
 }  // namespace mlxlm::tests

@@ -2,6 +2,7 @@
 #include "parity_case.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
@@ -9,7 +10,6 @@
 #include <set>
 
 #include <fmt/format.h>
-#include <gtest/gtest.h>
 #include <mlx/io.h>
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
@@ -111,6 +111,12 @@ std::vector<std::string> golden_names() {
   }
   std::ranges::sort(names);
   return names;
+}
+
+std::string test_name(const testing::TestParamInfo<std::string>& info) {
+  std::string name = info.param;
+  std::ranges::replace_if(name, [](char c) { return !std::isalnum(static_cast<unsigned char>(c)); }, '_');
+  return name;
 }
 
 Golden load_golden(const std::string& name) {

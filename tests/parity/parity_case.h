@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include <gtest/gtest.h>
 #include <mlx/array.h>
 
 #include "base/json.h"
@@ -29,6 +30,8 @@ struct Golden {
 /** Names of all golden files, sorted. */
 std::vector<std::string> golden_names();
 Golden load_golden(const std::string& name);
+/** A golden's name as that of a test. */
+std::string test_name(const testing::TestParamInfo<std::string>& info);
 
 /** The same tensors that make_goldens.py gave the reference, through the rules and the quantization that the golden names. */
 struct Checkpoint {

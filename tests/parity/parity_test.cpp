@@ -54,12 +54,6 @@ class Parity : public testing::TestWithParam<std::string> {
   cache::Caches caches_, none_;
 };
 
-std::string test_name(const testing::TestParamInfo<std::string>& info) {
-  std::string name = info.param;
-  std::ranges::replace_if(name, [](char c) { return !std::isalnum(static_cast<unsigned char>(c)); }, '_');
-  return name;
-}
-
 TEST_P(Parity, Weights) {
   const auto made = make_checkpoint(golden_.info.at("config"), golden_.info);
   EXPECT_EQ(checksum(made.tensors), golden_.info.at("crc32").get<uint32_t>())

@@ -16,9 +16,9 @@
 #include "arch/registry.h"
 #include "base/error.h"
 #include "base/json.h"
-#include "base/utf8.h"
 #include "mlxlm/mlxlm.h"
 #include "plan/plan.h"
+#include "tiny_tokenizer.h"
 #include "tiny_weights.h"
 
 namespace mlxlm {
@@ -26,36 +26,13 @@ namespace mlxlm {
 namespace fs = std::filesystem;
 namespace mx = mlx::core;
 
-constexpr int kVocab = 260, kEos = 257;
+constexpr int kVocab = 260, kEos = tests::byte_eos;
 
 inline json tiny_config() {
   return {{"model_type", "llama"},          {"hidden_size", 32},        {"intermediate_size", 48},
           {"num_hidden_layers", 2},         {"num_attention_heads", 4}, {"num_key_value_heads", 2},
           {"rms_norm_eps", 1e-5},           {"vocab_size", kVocab},     {"tie_word_embeddings", false},
           {"max_position_embeddings", 512}, {"eos_token_id", kEos}};
-}
-
-/** GPT-2's printable stand-in of each byte is one token; 257 ends the text. */
-inline json byte_tokenizer() {
-  json vocab = json::object();
-  char32_t extra = 256;
-  for (int b = 0; b < 256; ++b) {
-    const bool kept = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
-    std::string name;
-    append_utf8(name, kept ? static_cast<char32_t>(b) : extra++);
-    vocab[name] = b;
-  }
-  vocab["Ġunused"] = 256;
-  const json level{{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", false}};
-  json end{{"id", kEos}, {"content", "<end>"}, {"special", true}};
-  for (const char* flag : {"normalized", "lstrip", "rstrip", "single_word"}) end[flag] = false;
-  return {{"version", "1.0"},
-          {"added_tokens", json::array({end})},
-          {"normalizer", nullptr},
-          {"pre_tokenizer", level},
-          {"post_processor", nullptr},
-          {"decoder", level},
-          {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", json::array()}}}};
 }
 
 inline void write(const fs::path& path, const std::string& text) {
@@ -77,8 +54,7 @@ class Api : public testing::Test {
     fs::remove_all(folder);
     fs::create_directories(folder);
     write(folder / "config.json", tiny_config().dump());
-    write(folder / "tokenizer.json", byte_tokenizer().dump());
-    write(folder / "tokenizer_config.json", R"({"eos_token": "<end>"})");
+    tests::write_byte_tokenizer(folder);
     write_weights(folder, tiny_config());
   }
   ~Api() override { fs::remove_all(folder); }

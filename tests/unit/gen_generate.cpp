@@ -7,7 +7,7 @@
 
 #include "base/error.h"
 #include "gen/generate.h"
-#include "unit/byte_tokenizer.h"
+#include "tiny_tokenizer.h"
 
 namespace {
 

@@ -46,7 +46,6 @@ TEST(EagerMap, IsTheMatmulOfItsParts) {
   for (const auto& parts : maps()) {
     cpu::EagerMap map;
     std::vector<std::optional<mx::array>> biases;
-    map.in_dims = k;
     for (std::size_t i = 0; i < parts.size(); ++i) {
       const auto& p = parts[i];
       const uint32_t seed = 10 + static_cast<uint32_t>(i);
@@ -75,7 +74,7 @@ TEST(EagerMap, IsTheMatmulOfItsParts) {
 }
 
 TEST(EagerMap, NoRows) {
-  cpu::EagerMap map{{{packed(1, {16, 32}, 4, 32), {}}}, 16, 32};
+  cpu::EagerMap map{{{packed(1, {16, 32}, 4, 32), {}}}, 16};
   cpu::eager_map(map, 0, [](int, float*) { FAIL(); }, false, nullptr, 16);
 }
 
@@ -84,7 +83,6 @@ TEST(EagerGather, IsTheGatherOfItsParts) {
   for (const auto& parts :
        {std::vector<Matrix>{{21, 4, 32, false}}, {{16, 8, 32, false}, {9, 8, 32, false}}, {{16, 4, 32, false}, {9, 0, 0, false}}}) {
     cpu::EagerMap map;
-    map.in_dims = k;
     for (const auto& p : parts) {
       map.parts.push_back({packed(3, {experts, p.rows, k}, p.bits, p.group), {}});
       map.out_dims += p.rows;

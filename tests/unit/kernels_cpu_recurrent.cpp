@@ -212,8 +212,10 @@ TEST(QuantizeRow, IsMlxsQuantize) {
 TEST(QuantizeRow, TakesWhatIsNoNumber) {
   std::vector<float> row(32, std::numeric_limits<float>::quiet_NaN()), s(1), b(1);
   row[3] = std::numeric_limits<float>::infinity();
-  std::vector<uint8_t> bytes(32);
-  cpu::quantize_row(row.data(), 32, 8, 32, cpu::Storage::f32, bytes.data(), s.data(), b.data());
+  std::vector<uint8_t> bytes(34, 0xAB);
+  cpu::quantize_row(row.data(), 32, 8, 32, cpu::Storage::f32, bytes.data() + 1, s.data(), b.data());
+  EXPECT_EQ(bytes.front(), 0xAB);
+  EXPECT_EQ(bytes.back(), 0xAB);
 }
 
 }  // namespace

@@ -88,16 +88,6 @@ TEST(RmsNorm, ExtremeRows) {
   EXPECT_EQ(made(cpu::rms_norm(mx::zeros({0, 8}), std::nullopt, 1e-5f, false)).size(), 0u);
 }
 
-TEST(RmsNorm, OfASum) {
-  for (const auto dtype : float_dtypes()) {
-    const auto x = random(1, {2, 3, 40}, dtype), y = random(2, {2, 3, 40}, dtype), w = random(3, {40}, dtype);
-    const auto both = cpu::add_rms_norm(x, y, w, 1e-6f, true);
-    ASSERT_EQ(both.size(), 2u);
-    EXPECT_EQ(bits_of(both[0]), bits_of(mx::add(x, y)));
-    EXPECT_EQ(bits_of(both[1]), bits_of(cpu::rms_norm(mx::add(x, y), w, 1e-6f, true)));
-  }
-}
-
 // ---- activations ---------------------------------------------------------------------------------------------------
 
 const std::vector<cpu::GluAct>& all_acts() {

@@ -74,16 +74,7 @@ class Runner {
 
 /** The kernel reads keys and values with a contiguous last axis. Views of a cache have one; others are copied. */
 mx::array with_plain_rows(const mx::array& a) {
-  if (a.strides(3) == 1 || a.shape(3) == 1) return mx::array::unsafe_weak_copy(a);
-  const Rows rows(a);
-  const auto item = static_cast<int64_t>(mx::size_of(a.dtype()));
-  mx::array copy(mx::allocator::malloc(a.nbytes()), a.shape(), a.dtype());
-  auto* to = copy.data<uint8_t>();
-  for (int64_t row = 0; row < rows.count(); ++row) {
-    const auto* from = a.data<uint8_t>() + rows.offset(row) * item;
-    for (int64_t i = 0; i < rows.width(); ++i, to += item) std::memcpy(to, from + i * a.strides(3) * item, item);
-  }
-  return copy;
+  return a.strides(3) == 1 || a.shape(3) == 1 ? mx::array::unsafe_weak_copy(a) : copy_without_gaps(a);
 }
 
 mx::array with_dtype(const mx::array& a, mx::Dtype dtype) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "kernels/cpu/isa.h"
@@ -13,19 +14,25 @@
 
 namespace mlxlm::kernels::cpu {
 
-/** Float memory that grows and is not initialized. */
+/** Float memory that grows and is not initialized. Vectors of 64 bytes lie in one cache line each. */
 class FloatBuffer {
  public:
   float* get(int64_t floats) {
     if (floats > size_) {
-      data_ = std::make_unique_for_overwrite<float[]>(floats + 64);
+      size_ = 0;
+      data_.reset();
+      data_.reset(static_cast<float*>(::operator new((floats + 64) * sizeof(float), alignment)));
       size_ = floats;
     }
     return data_.get();
   }
 
  private:
-  std::unique_ptr<float[]> data_;
+  static constexpr std::align_val_t alignment{64};
+  struct Free {
+    void operator()(float* data) const { ::operator delete(data, alignment); }
+  };
+  std::unique_ptr<float, Free> data_;
   int64_t size_ = 0;
 };
 
@@ -36,13 +43,13 @@ struct EagerMap {
     std::vector<float> bias;  // empty = none
   };
   std::vector<Part> parts{};
-  int out_dims = 0, in_dims = 0;
+  int out_dims = 0;
 };
 
 /** Writes row `row` of the activations to `to`; called once a row, from any thread of the pool. */
 using RowSource = std::function<void(int row, float* to)>;
 
-/** x [m, in_dims] (made by `source`) -> out [m, ld_out >= out_dims]. `exact`: float32 arithmetic, not the two-digit form. */
+/** x [m, K] (made by `source`) -> out [m, ld_out >= out_dims]. `exact`: float32 arithmetic, not the two-digit form. */
 void eager_map(const EagerMap& map, int m, const RowSource& source, bool exact, float* out, int64_t ld_out);
 
 /** Experts: token t's j-th choice is experts[t * top_k + j]. `source` makes rows 0..m-1 ([m] tokens, or [m * top_k] when per_choice).

@@ -51,9 +51,6 @@ mx::array take_rows(const PackedMatrixPtr& w, const mx::array& indices, mx::Dtyp
 /** x [..., D] * rsqrt(mean(x^2) + eps) * (weight or 1). `plus_one`: weight + 1. */
 mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, float eps, bool plus_one);
 
-/** x + y, then rms_norm of the sum: returns {sum, normed}. */
-std::vector<mx::array> add_rms_norm(const mx::array& x, const mx::array& y, const mx::array& weight, float eps, bool plus_one);
-
 enum class GluAct { silu, gelu, gelu_tanh, relu2 };
 /** gate_up [..., 2H] (gate first) -> act(gate) * up [..., H]. */
 mx::array glu(const mx::array& gate_up, GluAct act);

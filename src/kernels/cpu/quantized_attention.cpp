@@ -1,6 +1,4 @@
 // Attention over quantized keys and values, and their expansion.
-#include <cstring>
-
 #include <mlx/ops.h>
 
 #include "base/thread_pool.h"
@@ -19,24 +17,6 @@ int64_t capacity_of(const mx::array& a) {
   return a.shape(1) == 1 ? a.shape(2) : a.strides(1) % width == 0 ? a.strides(1) / width : 0;
 }
 
-/** A copy without gaps. */
-mx::array gathered(const mx::array& a) {
-  const auto item = static_cast<int64_t>(mx::size_of(a.dtype()));
-  mx::array copy(mx::allocator::malloc(a.nbytes()), a.shape(), a.dtype());
-  auto* to = copy.data<uint8_t>();
-  for (int64_t b = 0; b < a.shape(0); ++b) {
-    for (int64_t h = 0; h < a.shape(1); ++h) {
-      for (int64_t s = 0; s < a.shape(2); ++s) {
-        for (int64_t i = 0; i < a.shape(3); ++i, to += item) {
-          const int64_t at = b * a.strides(0) + h * a.strides(1) + s * a.strides(2) + i * a.strides(3);
-          std::memcpy(to, a.data<uint8_t>() + at * item, item);
-        }
-      }
-    }
-  }
-  return copy;
-}
-
 /** The three parts of quantized rows in memory, heads equally far apart in all of them. */
 class Parts {
  public:
@@ -48,7 +28,7 @@ class Parts {
     if (capacity == 0 || capacity_of(scales) != capacity || capacity_of(biases) != capacity) gather();
   }
   void gather() {
-    for (auto& a : arrays_) a = gathered(a);
+    for (auto& a : arrays_) a = copy_without_gaps(a);
     capacity = arrays_[0].shape(2);
   }
   int64_t capacity = 0;

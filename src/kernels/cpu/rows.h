@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include <mlx/allocator.h>
+
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/packed.h"
 
@@ -47,6 +49,22 @@ class Rows {
 /** Row `row` of a fresh (row contiguous) output. */
 inline void store_row(mx::array& out, int64_t row, int64_t width, const float* from) {
   isa().store(from, storage_of(out.dtype()), out.data<uint8_t>() + row * width * static_cast<int64_t>(mx::size_of(out.dtype())), width);
+}
+
+/** A view of four axes, at once and row contiguous. */
+inline mx::array copy_without_gaps(const mx::array& a) {
+  const auto item = static_cast<int64_t>(mx::size_of(a.dtype()));
+  mx::array copy(mx::allocator::malloc(a.nbytes()), a.shape(), a.dtype());
+  auto* to = copy.data<uint8_t>();
+  for (int64_t b = 0; b < a.shape(0); ++b) {
+    for (int64_t h = 0; h < a.shape(1); ++h) {
+      for (int64_t s = 0; s < a.shape(2); ++s) {
+        const auto* from = a.data<uint8_t>() + (b * a.strides(0) + h * a.strides(1) + s * a.strides(2)) * item;
+        for (int64_t i = 0; i < a.shape(3); ++i, to += item) std::memcpy(to, from + i * a.strides(3) * item, item);
+      }
+    }
+  }
+  return copy;
 }
 
 /** Memory of a thread, kept between kernels. Slots keep several buffers of one kernel apart. */

@@ -109,11 +109,6 @@ mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, f
                      [eps, plus_one](const auto& in, auto& out) { run_rms_norm(in, out[0], eps, plus_one); });
 }
 
-std::vector<mx::array> add_rms_norm(const mx::array& x, const mx::array& y, const mx::array& weight, float eps, bool plus_one) {
-  auto total = mx::add(x, y);
-  return {total, rms_norm(total, weight, eps, plus_one)};
-}
-
 mx::array glu(const mx::array& gate_up, GluAct act) {
   if (gate_up.ndim() == 0 || gate_up.shape(-1) % 2 != 0) throw Error(Code::internal, "glu", "wanted an even last axis");
   storage_of(gate_up.dtype());
