@@ -8,6 +8,7 @@ namespace mlxlm::arch {
 Model deepseek_v3(const Config& c);
 Model gemma3(const Config& c);  // the vision model's text tower
 Model gemma3_text(const Config& c);
+Model lfm2(const Config& c);
 Model llama(const Config& c);
 Model nemotron_h(const Config& c);
 Model phi3(const Config& c);

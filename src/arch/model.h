@@ -125,7 +125,15 @@ struct Mamba2 {
   float dt_min = 0.f, dt_max = 1e30f;  // time_step_limit
 };
 
-using Op = std::variant<Attention, Mla, Glu, Mlp, Moe, Mamba2>;
+/** Gated short convolution: out(c * conv(b * x)), with b, c and x from one projection. Reference: mlx_lm/models/lfm2.py ShortConv
+ *  Parameters: in_proj conv out_proj. */
+struct ShortConv {
+  std::string at = "conv";
+  int width = 0, conv = 0;  // of the model; taps
+  bool bias = false;        // of all three
+};
+
+using Op = std::variant<Attention, Mla, Glu, Mlp, Moe, Mamba2, ShortConv>;
 
 /** x = x + scale * post(sum_i op_i(pre(x))). Ops of one step run on the same input. */
 struct Step {

@@ -25,6 +25,7 @@ constexpr Entry table[] = {
     {"iquestcoder", llama},
     {"joyai_llm_flash", deepseek_v3},
     {"kimi_k2", deepseek_v3},
+    {"lfm2", lfm2},
     {"llama", llama},
     {"mistral", llama},
     {"nemotron_h", nemotron_h},
@@ -86,6 +87,10 @@ class Check {
     }
     count(width_, 3.0 * f.heads * f.head_dim + 2.0 * f.groups * f.state);
   }
+  void operator()(const ShortConv& f) {
+    taps("conv_L_cache", f.conv);
+    count(width_, 4.0 * f.width);
+  }
 
  private:
   static std::string got(int value) { return "got " + std::to_string(value); }
@@ -95,6 +100,10 @@ class Check {
   void heads(int heads, int head_dim) const {
     size("num_attention_heads", heads, max_heads);
     size("head_dim", head_dim, max_head_dim);
+  }
+  /** One tap would leave nothing to remember, which the caches of the reference cannot hold. */
+  void taps(std::string_view key, int value) const {
+    if (value < 2 || value > 1024) c_.fail(key, got(value) + ", wanted 2 to 1024");
   }
   void feed_forward(std::string_view key, int hidden) {
     size(key, hidden, 16 * max_hidden);

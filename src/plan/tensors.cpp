@@ -115,6 +115,13 @@ class Lister {
     norm(at + "norm", Norm{}, inner);
     linear(at + "out_proj", inner, model_.width, f.proj_bias);
   }
+  void op(const ShortConv& f) {
+    const std::string at = at_ + f.at + ".";
+    linear(at + "in_proj", f.width, 3 * f.width, f.bias);
+    add(at + "conv", "weight", {f.width, f.conv, 1}, Role::other);
+    if (f.bias) add(at + "conv", "bias", {f.width}, Role::vector);
+    linear(at + "out_proj", f.width, f.width, f.bias);
+  }
 
   const Model& model_;
   std::string at_;
@@ -124,13 +131,14 @@ class Lister {
 struct CacheOf {
   LayerCache operator()(const Attention& a) const {
     const int64_t values = 2LL * a.kv_heads * a.head_dim;
-    return a.window ? LayerCache{CacheKind::rotating, *a.window, values, 0} : LayerCache{CacheKind::full, 0, values, 0};
+    return a.window ? LayerCache{CacheKind::rotating, *a.window, values} : LayerCache{CacheKind::full, 0, values};
   }
-  LayerCache operator()(const Mla& a) const { return {CacheKind::full, 0, int64_t(a.kv_lora) + a.rope_dim, 0}; }
+  LayerCache operator()(const Mla& a) const { return {CacheKind::full, 0, int64_t(a.kv_lora) + a.rope_dim}; }
   LayerCache operator()(const Mamba2& f) const {
     const int64_t inner = int64_t(f.heads) * f.head_dim, conv = inner + 2LL * f.groups * f.state;
-    return {CacheKind::recurrent, 0, 0, (f.conv - 1) * conv + inner * f.state};
+    return {CacheKind::recurrent, 0, 0, (f.conv - 1) * conv + inner * f.state, 2};
   }
+  LayerCache operator()(const ShortConv& f) const { return {CacheKind::recurrent, 0, 0, (f.conv - 1LL) * f.width, 1}; }
   LayerCache operator()(const Glu&) const { return {}; }
   LayerCache operator()(const Mlp&) const { return {}; }
   LayerCache operator()(const Moe&) const { return {}; }

@@ -126,6 +126,10 @@ def published_nemotron_h(shapes, config):
     return out | {"mtp.layers.0.eh_proj.weight": [8, 16]}
 
 
+def published_lfm2(shapes, config):
+    return {n: [s[0], s[2], s[1]] if n.endswith("conv.conv.weight") else s for n, s in shapes.items()}
+
+
 def published_gemma3(shapes, config):
     out = {n: s for n, s in shapes.items() if "lm_head" not in n}
     return out | {"vision_tower.vision_model.embeddings.patch_embedding.bias": [32], "multi_modal_projector.mm_input_projection_weight": [32, 64]}
@@ -278,7 +282,7 @@ def cases():
         "nemotron_h_dense": configs["nemotron_h"] | {"hybrid_override_pattern": "M*-MM"},
     }
     for dtype in ("f16", "bf16"):
-        for name in ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3"):
+        for name in ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3", "lfm2"):
             yield case(f"{name}.{dtype}", name, dtype)
         for name, config in without_experts.items():
             yield case(f"{name}.{dtype}", config, dtype)
@@ -322,6 +326,7 @@ def cases():
     yield case("deepseek_v3_published.fp8", "deepseek_v3", published=published_deepseek_fp8)
     yield case("deepseek_v3_published.q4", "deepseek_v3", published=published_deepseek, stored_quantized="kv_b_proj.weight")
     yield case("nemotron_h_published.f32", "nemotron_h", published=published_nemotron_h)
+    yield case("lfm2_published.f32", "lfm2", published=published_lfm2)
     yield case("gemma3_published.f32", "gemma3", published=published_gemma3)
 
 

@@ -24,6 +24,12 @@ json nemotron() {
     "conv_kernel": 4, "n_groups": 2, "layer_norm_epsilon": 1e-5})");
 }
 
+json lfm2() {
+  return json::parse(R"({"model_type": "lfm2", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "norm_eps": 1e-5, "conv_bias": false, "conv_L_cache": 3, "block_ff_dim": 96, "block_multiple_of": 32,
+    "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": true, "full_attn_idxs": [1]})");
+}
+
 struct Case {
   json config;
   std::string key;
@@ -50,7 +56,7 @@ void expect_error(const Case& t) {
 }
 
 TEST(BadConfig, TheBasesAreFine) {
-  for (const auto& config : {llama(), deepseek(), nemotron()}) EXPECT_FALSE(build(Config(config)).layers.empty());
+  for (const auto& config : {llama(), deepseek(), nemotron(), lfm2()}) EXPECT_FALSE(build(Config(config)).layers.empty());
 }
 
 TEST(BadConfig, MissingKeys) {
@@ -116,6 +122,13 @@ TEST(BadConfig, Contradictions) {
   expect_error({nemotron(), "hybrid_override_pattern", nullptr, "hybrid_override_pattern: got 0 layers"});
   expect_error({nemotron(), "n_groups", 3, "n_groups: got 3, wanted a divisor of 4 heads"});
   expect_error({nemotron(), "time_step_limit", json::array({0.5, 0.1}), "time_step_limit"});
+  expect_error({lfm2(), "conv_L_cache", 1, "conv_L_cache: got 1, wanted 2 to 1024"});
+  expect_error({lfm2(), "full_attn_idxs", json::array({2}), "full_attn_idxs: got 2 of 2 layers"});
+  expect_error({lfm2(), "full_attn_idxs", nullptr, "layer_types: got 0 entries"});
+  expect_error({lfm2(), "block_dim", 128, "block_dim: got 128, wanted hidden_size, 64"});
+  expect_error({lfm2(), "block_ff_dim", 2000000000, "block_ff_dim"});
+  expect_error({lfm2(), "block_multiple_of", 2000000000, "block_multiple_of"});
+  expect_error({lfm2(), "block_ffn_dim_multiplier", 1e30, "block_ffn_dim_multiplier"});
 }
 
 TEST(BadConfig, Rope) {
@@ -167,7 +180,7 @@ TEST(BadConfig, AnyValueAnywhere) {
                       2147483647,
                       -2147483648LL,
                       9223372036854775807LL};
-  for (json base : {llama(), deepseek(), nemotron()}) {
+  for (json base : {llama(), deepseek(), nemotron(), lfm2()}) {
     for (const char* key : {"rope_scaling", "rope_parameters", "layer_types", "q_lora_rank", "rope_theta", "head_dim", "sliding_window",
                             "moe_latent_size", "time_step_limit", "max_position_embeddings", "norm_topk_prob", "layers_block_type"}) {
       if (!base.contains(key)) base[key] = nullptr;
