@@ -24,8 +24,7 @@ std::vector<bool> attention_layers(const Config& c, int layers) {
     c.fail("layer_types", "got " + std::to_string(kinds.size()) + " entries, wanted one for each of " + std::to_string(layers) + " layers");
   }
   for (int i = 0; i < layers; ++i) {
-    if (kinds[i] != "full_attention" && kinds[i] != "conv")
-      c.fail("layer_types", "got '" + kinds[i] + "', wanted full_attention or conv");
+    if (kinds[i] != "full_attention" && kinds[i] != "conv") c.fail("layer_types", "got '" + kinds[i] + "', wanted full_attention or conv");
     found[i] = kinds[i] == "full_attention";
   }
   return found;

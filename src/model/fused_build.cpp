@@ -95,6 +95,8 @@ class Fuser {
         made.ops.push_back(latent(*l, at, layer));
       else if (const auto* s = std::get_if<arch::Mamba2>(&op))
         made.ops.push_back(mamba(*s, at, layer));
+      else if (const auto* c = std::get_if<arch::ShortConv>(&op))
+        made.ops.push_back(short_conv(*c, at, layer));
       else
         supported_ = false;
     }
@@ -132,21 +134,38 @@ class Fuser {
 
   FusedMamba mamba(const arch::Mamba2& op, const std::string& layer_at, int layer) {
     const std::string at = layer_at + op.at + ".";
-    FusedMamba made{.layer = layer, .spec = op};
+    FusedMamba made{.spec = op};
     made.in = map(at + "in_proj");
     made.out = map(at + "out_proj");
-    const auto conv = vector(at + "conv1d.weight");  // [channels][taps]
-    made.conv.resize(conv.size());
-    const int channels = made.channels();
-    for (int c = 0; c < channels; ++c) {
-      for (int t = 0; t < op.conv; ++t) made.conv[int64_t(t) * channels + c] = conv[int64_t(c) * op.conv + t];
-    }
-    if (op.conv_bias) made.conv_bias = vector(at + "conv1d.bias");
+    made.conv = conv(at + "conv1d", op.conv, op.conv_bias);
+    made.conv.silu = true;
+    made.memory = {layer, {{1, op.conv - 1, made.conv.channels}, {1, op.heads, op.head_dim, op.state}}};
     made.dt_bias = vector(at + "dt_bias");
     made.decay = vector(at + "A_log");
     for (auto& a : made.decay) a = -std::exp(a);
     made.skip = vector(at + "D");
     made.norm = vector(at + "norm.weight");
+    return made;
+  }
+
+  FusedShortConv short_conv(const arch::ShortConv& op, const std::string& layer_at, int layer) {
+    const std::string at = layer_at + op.at + ".";
+    FusedShortConv made;
+    made.in = map(at + "in_proj");
+    made.out = map(at + "out_proj");
+    made.conv = conv(at + "conv", op.conv, op.bias);
+    made.memory = {layer, {{1, op.conv - 1, op.width}}};
+    return made;
+  }
+
+  FusedConv conv(const std::string& at, int taps, bool bias) {
+    const auto weight = vector(at + ".weight");  // [channels][taps]
+    FusedConv made{.channels = static_cast<int>(weight.size()) / taps, .taps = taps};
+    made.weight.resize(weight.size());
+    for (int c = 0; c < made.channels; ++c) {
+      for (int t = 0; t < taps; ++t) made.weight[int64_t(t) * made.channels + c] = weight[int64_t(c) * taps + t];
+    }
+    if (bias) made.bias = vector(at + ".bias");
     return made;
   }
 
