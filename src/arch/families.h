@@ -14,7 +14,9 @@ Model nemotron_h(const Config& c);
 Model phi3(const Config& c);
 Model qwen2(const Config& c);
 Model qwen3(const Config& c);
+Model qwen3_5(const Config& c);  // the text model of those that also see; with and without experts
 Model qwen3_moe(const Config& c);
+Model qwen3_next(const Config& c);
 Model smollm3(const Config& c);
 
 }  // namespace mlxlm::arch

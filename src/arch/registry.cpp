@@ -32,7 +32,10 @@ constexpr Entry table[] = {
     {"phi3", phi3},
     {"qwen2", qwen2},
     {"qwen3", qwen3},
+    {"qwen3_5", qwen3_5},
+    {"qwen3_5_moe", qwen3_5},
     {"qwen3_moe", qwen3_moe},
+    {"qwen3_next", qwen3_next},
     {"smollm3", smollm3},
     {"xverse", llama},
 };
@@ -90,6 +93,17 @@ class Check {
   void operator()(const ShortConv& f) {
     taps("conv_L_cache", f.conv);
     count(width_, 4.0 * f.width);
+  }
+  void operator()(const GatedDelta& f) {
+    size("linear_num_key_heads", f.key_heads, max_heads);
+    size("linear_num_value_heads", f.value_heads, max_heads);
+    size("linear_key_head_dim", f.key_dim, max_head_dim);
+    size("linear_value_head_dim", f.value_dim, max_head_dim);
+    taps("linear_conv_kernel_dim", f.conv);
+    if (f.value_heads % f.key_heads != 0) {
+      c_.fail("linear_num_value_heads", got(f.value_heads) + ", wanted a multiple of " + std::to_string(f.key_heads) + " key heads");
+    }
+    count(width_, 2.0 * f.key_heads * f.key_dim + 3.0 * f.value_heads * f.value_dim);
   }
 
  private:
