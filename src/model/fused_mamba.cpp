@@ -4,14 +4,6 @@
 #include "model/fused_program.h"
 
 namespace mlxlm::model::fused {
-namespace {
-
-float softplus(float x) {
-  return x > 20.f ? x : std::log1p(std::exp(x));
-}
-
-}  // namespace
-
 void Program::mamba(const FusedMamba& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y) {
   const auto& spec = op.spec;
   const int rows = chunk.tokens, wide = op.in.out_dims, inner = op.inner(), channels = op.conv.channels, heads = spec.heads;

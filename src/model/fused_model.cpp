@@ -70,6 +70,18 @@ void Program::run(const std::vector<mx::array>& in, const std::vector<Sequence>&
   flush();
 }
 
+/** A row of queries with their gates, keys and values becomes one of queries, keys, values and gates. */
+static void part_gates(const FusedAttention& op, float* row) {
+  const int64_t q = op.heads * op.head_dim, kv = op.kv_heads * op.head_dim, bytes = op.head_dim * sizeof(float);
+  float* both = cpu::scratch(5, 2 * q);
+  std::memcpy(both, row, 2 * q * sizeof(float));
+  std::memmove(row + q, row + 2 * q, 2 * kv * sizeof(float));
+  for (int64_t h = 0; h < op.heads; ++h) {
+    std::memcpy(row + h * op.head_dim, both + 2 * h * op.head_dim, bytes);
+    std::memcpy(row + q + 2 * kv + h * op.head_dim, both + (2 * h + 1) * op.head_dim, bytes);
+  }
+}
+
 /** Norms and rotation of a token's heads; its key and value go to the cache. */
 void Program::finish_qkv(const FusedAttention& op, const Sequence& s, const Piece& piece, int l, int row, float* qkv) {
   const int q = op.heads * op.head_dim, kv = op.kv_heads * op.head_dim;
@@ -123,7 +135,7 @@ void Program::store_quantized(const FusedAttention& op, const Memory& memory, in
 
 void Program::attention(const FusedAttention& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk,
                         float* y) {
-  const int rows = chunk.tokens, q = op.heads * op.head_dim, wide = q + 2 * op.kv_heads * op.head_dim;
+  const int rows = chunk.tokens, q = op.heads * op.head_dim, kv = op.kv_heads * op.head_dim, wide = (op.gated ? 2 * q : q) + 2 * kv;
   float *qkv = qkv_.get(int64_t(rows) * wide), *mixed = mixed_.get(int64_t(rows) * q);
   cpu::eager_map(
       op.qkv, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), qkv, wide);
@@ -163,12 +175,16 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
   for_rows(rows, wide, [&](int row) {
     const Piece& piece = *piece_of[row];
     const int l = row - first_row[&piece - chunk.pieces.data()];
+    if (op.gated) part_gates(op, qkv + int64_t(row) * wide);
     finish_qkv(op, sequences[piece.sequence], piece, l, row, qkv + int64_t(row) * wide);
   });
   const auto storage = cpu::storage_of(dtype);
   cpu::eager_attention(parts, {op.heads, op.kv_heads, op.head_dim, op.head_dim, op.scale, op.softcap, storage});
-  cpu::eager_map(
-      op.o, rows, [&](int row, float* to) { std::memcpy(to, mixed + int64_t(row) * q, q * sizeof(float)); }, exact(), y, width);
+  const auto heads = [&](int row, float* to) {
+    if (op.gated) return cpu::isa().sigmoid_mul(qkv + int64_t(row) * wide + q + 2 * kv, mixed + int64_t(row) * q, to, q);
+    std::memcpy(to, mixed + int64_t(row) * q, q * sizeof(float));
+  };
+  cpu::eager_map(op.o, rows, heads, exact(), y, width);
 }
 
 }  // namespace fused
@@ -189,6 +205,7 @@ class FusedModel final : public CausalModel {
         if (const auto* l = std::get_if<FusedLatent>(&op)) attentions_.push_back(&l->memory);
         if (const auto* m = std::get_if<FusedMamba>(&op)) states_.push_back(&m->memory);
         if (const auto* c = std::get_if<FusedShortConv>(&op)) states_.push_back(&c->memory);
+        if (const auto* d = std::get_if<FusedGatedDelta>(&op)) states_.push_back(&d->memory);
       }
     }
   }

@@ -40,6 +40,8 @@ void Program::run_op(const FusedOp& op, const FusedStep& step, const std::vector
     mamba(*m, step, sequences, chunk, y);
   else if (const auto* c = std::get_if<FusedShortConv>(&op))
     short_conv(*c, step, sequences, chunk, y);
+  else if (const auto* d = std::get_if<FusedGatedDelta>(&op))
+    gated_delta(*d, step, sequences, chunk, y);
   else
     feed_forward(std::get<FusedFeedForward>(op), step, chunk.tokens, y);
 }
@@ -70,6 +72,14 @@ void Program::run_chunk(const int* tokens, const std::vector<Sequence>& sequence
     });
   }
   write_logits(sequences, chunk, logits, next_row);
+}
+
+float softplus(float x) {
+  return x > 20.f ? x : std::log1p(std::exp(x));
+}
+
+float sigmoid(float x) {
+  return 1.f / (1.f + std::exp(-x));
 }
 
 void act_row(arch::Act act, const float* gate, const float* up, float* out, int n) {

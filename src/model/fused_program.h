@@ -35,6 +35,7 @@ struct FusedAttention {
   float scale = 1.f, softcap = 0.f;
   bool latent = false;  // key and value are the two parts of a latent key
   bool norm_full_width = false;
+  bool gated = false;  // the projection's queries come with gates: of each head, the query and then the gate
   std::optional<FusedNorm> q_norm{}, k_norm{};
   cpu::EagerMap qkv{}, o{};
 };
@@ -59,7 +60,7 @@ struct FusedLatent {
 struct FusedExperts {
   arch::Moe spec{};
   std::vector<float> correction{};
-  cpu::EagerMap router{}, up{}, down{}, into_latent{}, from_latent{}, shared_up{}, shared_down{};
+  cpu::EagerMap router{}, up{}, down{}, into_latent{}, from_latent{}, shared_up{}, shared_down{}, shared_gate{};
 };
 
 /** A causal convolution of each channel by itself. */
@@ -90,7 +91,16 @@ struct FusedShortConv {
   cpu::EagerMap in{}, out{};
 };
 
-using FusedOp = std::variant<FusedAttention, FusedFeedForward, FusedLatent, FusedExperts, FusedMamba, FusedShortConv>;
+struct FusedGatedDelta {
+  FusedState memory{};
+  arch::GatedDelta spec{};
+  FusedConv conv{};
+  std::vector<float> dt_bias{}, rate{};  // rate = -exp(A_log)
+  FusedNorm unit_q{}, unit_k{}, norm{};  // the first two make rows of a fixed length
+  cpu::EagerMap in{}, out{};
+};
+
+using FusedOp = std::variant<FusedAttention, FusedFeedForward, FusedLatent, FusedExperts, FusedMamba, FusedShortConv, FusedGatedDelta>;
 
 struct FusedStep {
   std::optional<FusedNorm> pre{}, post{};
@@ -158,6 +168,7 @@ class Program {
   void experts(const FusedExperts& op, const FusedStep& step, int rows, float* y);
   void mamba(const FusedMamba& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
   void short_conv(const FusedShortConv& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
+  void gated_delta(const FusedGatedDelta& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
   void convolve(const FusedConv& conv, const FusedState& memory, const std::vector<Sequence>& sequences, const Chunk& chunk,
                 const float* input, int64_t stride, float* out) const;
   /** Of each piece, in the chunk. */
@@ -198,6 +209,9 @@ void for_rows(int rows, int64_t width, Body&& body) {
 
 /** The convolution of one sequence's tokens: what it sees is the input's own rows and, before them, the tail. */
 void convolve_piece(const FusedConv& conv, const float* tail, const float* input, int64_t stride, int count, float* out, float* new_tail);
+
+float softplus(float x);
+float sigmoid(float x);
 
 /** act(gate) * up, or act(gate) where up is null. */
 void act_row(arch::Act act, const float* gate, const float* up, float* out, int n);
