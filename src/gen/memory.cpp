@@ -95,6 +95,7 @@ namespace {
 
 /** Bytes of `tokens` tokens in the caches, quantized or not. */
 int64_t bytes_of(const arch::Model& model, int64_t tokens, const CacheSizes& sizes, bool quantized) {
+  constexpr double state_value_bytes = 4;  // the states of recurrent layers stay float32
   const auto& q = sizes.quantization;
   double bytes = 0;
   for (const auto& layer : plan::cache_layout(model)) {
@@ -103,7 +104,7 @@ int64_t bytes_of(const arch::Model& model, int64_t tokens, const CacheSizes& siz
     if (sizes.max_kv_size_tokens > 0) held = std::min<int64_t>(held, sizes.max_kv_size_tokens);
     // A group has its codes, a scale and a bias.
     const double per_value = quantized ? q.bits / 8.0 + 2.0 * sizes.value_bytes / q.group_size : sizes.value_bytes;
-    bytes += static_cast<double>(layer.values_fixed) * sizes.value_bytes +
+    bytes += static_cast<double>(layer.values_fixed) * state_value_bytes +
              static_cast<double>(held) * static_cast<double>(layer.values_per_token) * per_value;
   }
   return static_cast<int64_t>(std::min(bytes, 9e18));
@@ -121,7 +122,7 @@ int64_t cache_bytes(const arch::Model& model, int64_t tokens, const CacheSizes& 
 
 int value_bytes(const cache::Caches& caches) {
   for (const auto& c : caches) {
-    if (!c) continue;
+    if (dynamic_cast<const cache::AttentionCache*>(c.get()) == nullptr) continue;  // states have a dtype of their own
     for (const auto& a : c->state()) {
       if (mx::issubdtype(a.dtype(), mx::floating)) return static_cast<int>(mx::size_of(a.dtype()));
     }

@@ -28,7 +28,7 @@ struct CacheSizes {
 };
 int64_t cache_bytes(const arch::Model& model, int64_t tokens, const CacheSizes& sizes);
 
-/** Bytes of one number in caches that hold something, 0 for others. */
+/** Bytes of one number in caches of attention that hold something, 0 for others. */
 int value_bytes(const cache::Caches& caches);
 
 /** Throws Error(out_of_memory) with both figures when `needed` exceeds what is available. */

@@ -32,6 +32,27 @@ TEST(CacheBytes, CountWhatIsKept) {
   EXPECT_EQ(gen::cache_bytes(model(), 1000, {.max_kv_size_tokens = 300}), 400 * 256 * 2);
 }
 
+TEST(CacheBytes, StatesStayFloat32) {
+  const auto hybrid = arch::build(arch::Config({{"model_type", "lfm2"},
+                                                {"hidden_size", 64},
+                                                {"num_hidden_layers", 2},
+                                                {"num_attention_heads", 2},
+                                                {"num_key_value_heads", 1},
+                                                {"norm_eps", 1e-5},
+                                                {"conv_L_cache", 3},
+                                                {"block_ff_dim", 64},
+                                                {"block_multiple_of", 32},
+                                                {"vocab_size", 16},
+                                                {"full_attn_idxs", {1}}}));
+  EXPECT_EQ(gen::cache_bytes(hybrid, 100, {}), 2 * 64 * 4 + 100 * 2 * 32 * 2);
+  auto caches = cache::make_caches(hybrid);
+  dynamic_cast<cache::RecurrentCache&>(*caches[0]).set_slot(0, mlx::core::zeros({1, 2, 64}));
+  EXPECT_EQ(gen::value_bytes(caches), 0);
+  const auto x = mlx::core::zeros({1, 1, 3, 32}, mlx::core::bfloat16);
+  dynamic_cast<cache::AttentionCache&>(*caches[1]).update(x, x);
+  EXPECT_EQ(gen::value_bytes(caches), 2);
+}
+
 TEST(CacheBytes, QuantizedOnesAreFloatsAtFirst) {
   const cache::Quantization q{.bits = 4, .group_size = 64, .start_tokens = 0};
   const int64_t row = 256 / 2 + 256 / 64 * 2 * 2;  // codes, and a scale and a bias a group
