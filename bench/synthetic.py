@@ -32,17 +32,29 @@ SHAPES = {
                     "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "first_k_dense_replace": 1, "moe_layer_freq": 1,
                     "q_lora_rank": 512, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
                     "attention_bias": False, "vocab_size": 32768, "tie_word_embeddings": False, "num_nextn_predict_layers": 0, **ROPE},
+    "lfm2": {"model_type": "lfm2", "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 8,
+             "full_attn_idxs": [2, 5, 8, 10, 12, 14], "conv_L_cache": 3, "conv_bias": False, "block_dim": 1024, "block_ff_dim": 4608,
+             "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False, "norm_eps": 1e-5, "vocab_size": 65536,
+             "tie_word_embeddings": True, **ROPE},
+    "qwen3_next": {"model_type": "qwen3_next", "hidden_size": 1024, "num_hidden_layers": 12, "full_attention_interval": 4, "intermediate_size": 2048,
+                   "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.25, "linear_num_value_heads": 16,
+                   "linear_num_key_heads": 8, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+                   "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+                   "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "vocab_size": 32768, "tie_word_embeddings": False,
+                   **ROPE},
 }
 
 
 def matrices(c):
-    """(mlx name, GGUF name, kind, shape) of each tensor; kinds: matrix, vector (f32 in GGUF), router, plain (never quantized)."""
+    """(mlx name, GGUF name, kind, shape) of each tensor, a name empty where it is not there; kinds: matrix, vector (f32 in GGUF), router,
+    plain (never quantized)."""
     w, family = c["hidden_size"], c["model_type"]
     root = "backbone" if family == "nemotron_h" else "model"
     yield f"{root}.{'embeddings' if family == 'nemotron_h' else 'embed_tokens'}", "token_embd", "matrix", (c["vocab_size"], w)
     for i in range(c["num_hidden_layers"]):
         yield from LAYERS[family](c, i, f"{root}.layers.{i}.", f"blk.{i}.")
-    yield f"{root}.{'norm_f' if family == 'nemotron_h' else 'norm'}", "output_norm", "vector", (w,)
+    norm, norm_to = {"nemotron_h": ("norm_f", "output_norm"), "lfm2": ("embedding_norm", "token_embd_norm")}.get(family, ("norm", "output_norm"))
+    yield f"{root}.{norm}", norm_to, "vector", (w,)
     if not c["tie_word_embeddings"]:
         yield "lm_head", "output", "matrix", (c["vocab_size"], w)
 
@@ -131,7 +143,56 @@ def deepseek_v3_layer(c, i, at, to):
     yield from glu(at + "mlp.shared_experts.", to, w, c["moe_intermediate_size"] * c["n_shared_experts"], "_shexp")
 
 
-LAYERS = {"llama": llama_layer, "qwen3_moe": qwen3_moe_layer, "nemotron_h": nemotron_h_layer, "deepseek_v3": deepseek_v3_layer}
+def lfm2_layer(c, i, at, to):
+    w, d, hidden = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"], c["block_ff_dim"]
+    yield at + "operator_norm", to + "attn_norm", "vector", (w,)
+    yield at + "ffn_norm", to + "ffn_norm", "vector", (w,)
+    if i in c["full_attn_idxs"]:
+        for mlx, gguf, rows in (("q_proj", "attn_q", w), ("k_proj", "attn_k", c["num_key_value_heads"] * d),
+                                ("v_proj", "attn_v", c["num_key_value_heads"] * d), ("out_proj", "attn_output", w)):
+            yield f"{at}self_attn.{mlx}", to + gguf, "matrix", (rows, w)
+        yield at + "self_attn.q_layernorm", to + "attn_q_norm", "vector", (d,)
+        yield at + "self_attn.k_layernorm", to + "attn_k_norm", "vector", (d,)
+    else:
+        yield at + "conv.in_proj", to + "shortconv.in_proj", "matrix", (3 * w, w)
+        yield at + "conv.conv", to + "shortconv.conv", "plain", (w, c["conv_L_cache"], 1)
+        yield at + "conv.out_proj", to + "shortconv.out_proj", "matrix", (w, w)
+    for mlx, gguf, shape in (("w1", "ffn_gate", (hidden, w)), ("w3", "ffn_up", (hidden, w)), ("w2", "ffn_down", (w, hidden))):
+        yield f"{at}feed_forward.{mlx}", to + gguf, "matrix", shape
+
+
+def qwen3_next_layer(c, i, at, to):
+    w, d, shared = c["hidden_size"], c["head_dim"], c["shared_expert_intermediate_size"]
+    yield at + "input_layernorm", to + "attn_norm", "vector", (w,)
+    yield at + "post_attention_layernorm", to + "post_attention_norm", "vector", (w,)
+    if (i + 1) % c["full_attention_interval"] == 0:
+        q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
+        for mlx, gguf, shape in (("q_proj", "attn_q", (2 * q, w)), ("k_proj", "attn_k", (kv, w)), ("v_proj", "attn_v", (kv, w)),
+                                 ("o_proj", "attn_output", (w, q))):
+            yield f"{at}self_attn.{mlx}", to + gguf, "matrix", shape
+        yield at + "self_attn.q_norm", to + "attn_q_norm", "vector", (d,)
+        yield at + "self_attn.k_norm", to + "attn_k_norm", "vector", (d,)
+    else:
+        keys, values = c["linear_num_key_heads"] * c["linear_key_head_dim"], c["linear_num_value_heads"] * c["linear_value_head_dim"]
+        heads, channels = c["linear_num_value_heads"], 2 * keys + values
+        at_delta = at + "linear_attn."
+        yield at_delta + "in_proj_qkvz", "", "matrix", (channels + values, w)
+        yield "", to + "attn_qkv", "matrix", (channels, w)
+        yield "", to + "attn_gate", "matrix", (values, w)
+        yield at_delta + "in_proj_ba", to + "ssm_ba", "matrix", (2 * heads, w)
+        yield at_delta + "conv1d", to + "ssm_conv1d", "plain", (channels, c["linear_conv_kernel_dim"], 1)
+        yield at_delta + "dt_bias", to + "ssm_dt.bias", "vector", (heads,)
+        yield at_delta + "A_log", to + "ssm_a", "vector", (heads,)
+        yield at_delta + "norm", to + "ssm_norm", "vector", (c["linear_value_head_dim"],)
+        yield at_delta + "out_proj", to + "ssm_out", "matrix", (w, values)
+    yield at + "mlp.gate", to + "ffn_gate_inp", "router", (c["num_experts"], w)
+    yield from experts(c, at, to, c["num_experts"])
+    yield at + "mlp.shared_expert_gate", to + "ffn_gate_inp_shexp", "router", (1, w)
+    yield from glu(at + "mlp.shared_expert.", to, w, shared, "_shexp")
+
+
+LAYERS = {"llama": llama_layer, "qwen3_moe": qwen3_moe_layer, "nemotron_h": nemotron_h_layer, "deepseek_v3": deepseek_v3_layer,
+          "lfm2": lfm2_layer, "qwen3_next": qwen3_next_layer}
 BARE = ("dt_bias", "A_log", "mixer.D", "conv1d.bias", "e_score_correction_bias")  # parameters, not modules with a weight
 
 
@@ -187,6 +248,8 @@ def tokenizer():
 def write_folder(c, folder, group, bits, random):
     out, quant = Safetensors(), {"group_size": group, "bits": bits, "mode": "affine"}
     for name, _, kind, shape in matrices(c):
+        if not name:
+            continue
         leaf = "" if name.endswith(BARE) else ".weight"
         if kind in ("vector", "plain"):
             make = lambda n=name, k=kind, s=shape: bf16(vector(n, s, random) if k == "vector" else random.normal(0, 1 / math.sqrt(s[1]), s))
@@ -217,7 +280,7 @@ def gguf_keys(c, writer):
     writer.add_layer_norm_eps(1e-5)
     writer.add_rope_freq_base(c["rope_theta"])
     writer.add_tokenizer_model("no_vocab")
-    family, d = c["model_type"], c.get("head_dim")
+    family, d = c["model_type"], c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
     if family == "nemotron_h":
         kinds = c["hybrid_override_pattern"]
         writer.add_head_count(c["num_attention_heads"])
@@ -228,6 +291,11 @@ def gguf_keys(c, writer):
         writer.add_ssm_state_size(c["ssm_state_size"])
         writer.add_ssm_time_step_rank(c["mamba_num_heads"])
         writer.add_ssm_group_count(c["n_groups"])
+    elif family == "lfm2":
+        writer.add_head_count(c["num_attention_heads"])
+        writer.add_head_count_kv([c["num_key_value_heads"] if i in c["full_attn_idxs"] else 0 for i in range(c["num_hidden_layers"])])
+        writer.add_feed_forward_length(c["block_ff_dim"])
+        writer.add_shortconv_l_cache(c["conv_L_cache"])
     else:
         writer.add_head_count(c["num_attention_heads"])
         writer.add_head_count_kv(1 if family == "deepseek_v3" else c["num_key_value_heads"])
@@ -250,7 +318,15 @@ def gguf_keys(c, writer):
     else:
         writer.add_key_length(d)
         writer.add_value_length(d)
-        writer.add_rope_dimension_count(d)
+        writer.add_rope_dimension_count(int(d * c.get("partial_rotary_factor", 1)))
+    if family == "qwen3_next":
+        writer.add_ssm_conv_kernel(c["linear_conv_kernel_dim"])
+        writer.add_ssm_inner_size(c["linear_num_value_heads"] * c["linear_value_head_dim"])
+        writer.add_ssm_state_size(c["linear_key_head_dim"])
+        writer.add_ssm_time_step_rank(c["linear_num_value_heads"])
+        writer.add_ssm_group_count(c["linear_num_key_heads"])
+        writer.add_expert_shared_feed_forward_length(c["shared_expert_intermediate_size"])
+        writer.add_uint32(f"{writer.arch}.full_attention_interval", c["full_attention_interval"])
     if "moe_intermediate_size" in c:
         writer.add_expert_count(c.get("num_experts", c.get("n_routed_experts")))
         writer.add_expert_used_count(c["num_experts_per_tok"])
@@ -259,21 +335,25 @@ def gguf_keys(c, writer):
 
 def write_gguf(c, path, random):
     import gguf
-    family = {"qwen3_moe": "qwen3moe", "deepseek_v3": "deepseek2"}.get(c["model_type"], c["model_type"])
+    family = {"qwen3_moe": "qwen3moe", "deepseek_v3": "deepseek2", "qwen3_next": "qwen3next"}.get(c["model_type"], c["model_type"])
     writer = gguf.GGUFWriter(str(path), family)
     gguf_keys(c, writer)
     for name, to, kind, shape in matrices(c):
+        if not to:
+            continue
         to += "" if to.endswith(".bias") or to.endswith(("ssm_a", "ssm_d")) else ".weight"
         if kind != "matrix":
             values = vector(name, shape, random) if kind == "vector" else random.normal(0, 1 / math.sqrt(shape[1]), shape)
             if to.endswith("ssm_a"):
                 values = -np.exp(values)
-            if to.endswith(("ssm_a", "ssm_d")):
+            if family == "nemotron_h" and to.endswith(("ssm_a", "ssm_d")):
                 values = values.reshape(-1, 1)
-            if to.endswith("ssm_norm.weight"):
+            if family == "nemotron_h" and to.endswith("ssm_norm.weight"):
                 values = values.reshape(c["n_groups"], -1)
-            if to.endswith("ssm_conv1d.weight"):
+            if to.endswith(("ssm_conv1d.weight", "shortconv.conv.weight")):
                 values = values[:, :, 0]
+            if to.endswith("ffn_gate_inp_shexp.weight"):
+                values = values[0]
             writer.add_tensor(to, np.ascontiguousarray(values, np.float32))
             continue
         blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // 32, 18), np.uint8)

@@ -53,6 +53,7 @@ struct Attention {
   int heads = 0, kv_heads = 0, head_dim = 0;
   float scale = 0.f;  // 0 = head_dim^-0.5
   bool qkv_bias = false, out_bias = false;
+  bool gated = false;                      // q_proj gives each head its query and after it a gate: o_proj(heads * sigmoid(gates))
   std::optional<Rope> rope{};              // none = no positional encoding
   std::optional<Norm> q_norm{}, k_norm{};  // per head, before the rotation
   bool norm_full_width = false;            // q_norm/k_norm over all heads at once
@@ -112,7 +113,8 @@ struct Moe {
   std::string shared_at = "shared_experts";
   int shared_hidden = 0;  // 0 = none
   bool shared_gated = true;
-  bool bias = false;  // of the latent projections and the ungated shared expert
+  std::string shared_gate{};  // e.g. "shared_expert_gate": a map to one number, whose sigmoid multiplies the shared expert's output
+  bool bias = false;          // of the latent projections and the ungated shared expert
 };
 
 /** Mamba-2 state space mixer. Reference: mlx_lm/models/nemotron_h.py, mamba2.py */
@@ -125,7 +127,28 @@ struct Mamba2 {
   float dt_min = 0.f, dt_max = 1e30f;  // time_step_limit
 };
 
-using Op = std::variant<Attention, Mla, Glu, Mlp, Moe, Mamba2>;
+/** Gated short convolution: out(c * conv(b * x)), with b, c and x from one projection. Reference: mlx_lm/models/lfm2.py ShortConv
+ *  Parameters: in_proj conv out_proj. */
+struct ShortConv {
+  std::string at = "conv";
+  int width = 0, conv = 0;  // of the model; taps
+  bool bias = false;        // of all three
+};
+
+/** Gated delta net: linear attention whose state forgets by a gate and is corrected by what it got wrong.
+ *  Parameters: in_proj_qkvz in_proj_ba, or one projection each; conv1d dt_bias A_log norm out_proj.
+ *  Reference: mlx_lm/models/qwen3_next.py Qwen3NextGatedDeltaNet, gated_delta.py */
+struct GatedDelta {
+  std::string at = "linear_attn";
+  int key_heads = 0, value_heads = 0, key_dim = 0, value_dim = 0, conv = 0;  // value_heads: a multiple of key_heads
+  bool split = false;  // in_proj_qkv _z _b _a in whole; else in_proj_qkvz and in_proj_ba hold one key head after the other
+  float norm_eps = 1e-6f;
+  int keys() const { return key_heads * key_dim; }
+  int values() const { return value_heads * value_dim; }
+  int channels() const { return 2 * keys() + values(); }  // of the convolution: q, k, v
+};
+
+using Op = std::variant<Attention, Mla, Glu, Mlp, Moe, Mamba2, ShortConv, GatedDelta>;
 
 /** x = x + scale * post(sum_i op_i(pre(x))). Ops of one step run on the same input. */
 struct Step {
@@ -149,6 +172,9 @@ struct Rule {
     dequant_blocks,   // from "*.weight" with "*.weight_scale_inv": fp8 blocks of 128x128 -> bf16
     absorb_mla,       // "*.kv_b_proj.*" -> embed_q, unembed_out (quantized if it was); sizes from the Mla op of the layer
     strip_prefix,     // from = prefix that is removed
+    add_one,          // to from, when a tensor matches `to` that only a published checkpoint has: one of a single expert, or a convolution
+                      // that conv_ncl_to_nlc would change
+    split_gate_up,    // from [X, 2H, D] -> to, where {part} becomes gate_proj and up_proj
   } kind;
   std::string from;
   std::string to{};

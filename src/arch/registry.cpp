@@ -25,13 +25,17 @@ constexpr Entry table[] = {
     {"iquestcoder", llama},
     {"joyai_llm_flash", deepseek_v3},
     {"kimi_k2", deepseek_v3},
+    {"lfm2", lfm2},
     {"llama", llama},
     {"mistral", llama},
     {"nemotron_h", nemotron_h},
     {"phi3", phi3},
     {"qwen2", qwen2},
     {"qwen3", qwen3},
+    {"qwen3_5", qwen3_5},
+    {"qwen3_5_moe", qwen3_5},
     {"qwen3_moe", qwen3_moe},
+    {"qwen3_next", qwen3_next},
     {"smollm3", smollm3},
     {"xverse", llama},
 };
@@ -86,6 +90,21 @@ class Check {
     }
     count(width_, 3.0 * f.heads * f.head_dim + 2.0 * f.groups * f.state);
   }
+  void operator()(const ShortConv& f) {
+    taps("conv_L_cache", f.conv);
+    count(width_, 4.0 * f.width);
+  }
+  void operator()(const GatedDelta& f) {
+    size("linear_num_key_heads", f.key_heads, max_heads);
+    size("linear_num_value_heads", f.value_heads, max_heads);
+    size("linear_key_head_dim", f.key_dim, max_head_dim);
+    size("linear_value_head_dim", f.value_dim, max_head_dim);
+    taps("linear_conv_kernel_dim", f.conv);
+    if (f.value_heads % f.key_heads != 0) {
+      c_.fail("linear_num_value_heads", got(f.value_heads) + ", wanted a multiple of " + std::to_string(f.key_heads) + " key heads");
+    }
+    count(width_, 2.0 * f.key_heads * f.key_dim + 3.0 * f.value_heads * f.value_dim);
+  }
 
  private:
   static std::string got(int value) { return "got " + std::to_string(value); }
@@ -95,6 +114,10 @@ class Check {
   void heads(int heads, int head_dim) const {
     size("num_attention_heads", heads, max_heads);
     size("head_dim", head_dim, max_head_dim);
+  }
+  /** One tap would leave nothing to remember, which the caches of the reference cannot hold. */
+  void taps(std::string_view key, int value) const {
+    if (value < 2 || value > 1024) c_.fail(key, got(value) + ", wanted 2 to 1024");
   }
   void feed_forward(std::string_view key, int hidden) {
     size(key, hidden, 16 * max_hidden);

@@ -430,7 +430,7 @@ Caches make_caches(const arch::Model& model, int max_kv_size_tokens) {
         caches.push_back(nullptr);
         break;
       case plan::CacheKind::recurrent:
-        caches.push_back(std::make_unique<RecurrentCache>(2));
+        caches.push_back(std::make_unique<RecurrentCache>(layer.states));
         break;
       case plan::CacheKind::rotating:
         caches.push_back(std::make_unique<RotatingKvCache>(

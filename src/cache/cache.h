@@ -186,7 +186,7 @@ class RotatingKvCache final : public AttentionCache {
   Ring ring_;
 };
 
-/** Fixed-size state of recurrent layers: slot 0 = convolution tail [B, conv-1, C], slot 1 = state. */
+/** Fixed-size state of recurrent layers: slot 0 = convolution tail [B, conv-1, C], slot 1, where there is one, = state. */
 class RecurrentCache final : public Cache {
  public:
   explicit RecurrentCache(int slots) : slots_(slots) {}

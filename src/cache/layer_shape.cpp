@@ -14,6 +14,12 @@ void note(LayerShape& shape, const arch::Mamba2& op) {
   const int inner = op.heads * op.head_dim;
   shape.slots = {{1, op.conv - 1, inner + 2 * op.groups * op.state}, {1, op.heads, op.head_dim, op.state}};
 }
+void note(LayerShape& shape, const arch::GatedDelta& op) {
+  shape.slots = {{1, op.conv - 1, op.channels()}, {1, op.value_heads, op.value_dim, op.key_dim}};
+}
+void note(LayerShape& shape, const arch::ShortConv& op) {
+  shape.slots = {{1, op.conv - 1, op.width}};
+}
 template <class Other>
 void note(LayerShape&, const Other&) {}
 

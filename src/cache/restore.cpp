@@ -168,7 +168,7 @@ class Reader {
       if (const auto found = stored_.arrays.find(path); found != stored_.arrays.end() && found->second)
         bad("caches of padded batches are not supported");
     }
-    const int count = wanted_.slots.empty() ? 2 : static_cast<int>(wanted_.slots.size());
+    const int count = wanted_.layer.states;
     auto made = std::make_unique<RecurrentCache>(count);
     int64_t values = 0;
     for (int i = 0; i < count; ++i) {

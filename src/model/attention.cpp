@@ -50,13 +50,22 @@ class AttentionBlock final : public Mixer {
     const int q = op_.heads * op_.head_dim, kv = op_.kv_heads * op_.head_dim, length = qkv.shape(1);
     auto* held = attention_cache(cache);
     const int offset = held != nullptr ? held->offset() : 0;
-    const auto queries = rotation_(heads(columns(qkv, 0, q), op_.heads, q_norm_), offset);
-    const auto keys = rotation_(heads(columns(qkv, q, q + kv), op_.kv_heads, k_norm_), offset);
-    const auto values = mx::transpose(split(columns(qkv, q + kv, q + 2 * kv), op_.kv_heads), {0, 2, 1, 3});
+    const int wide = op_.gated ? 2 * q : q;
+    auto own = columns(qkv, 0, wide);
+    std::optional<mx::array> gate;
+    if (op_.gated) {  // of each head, the query and then the gate
+      const auto both = mx::reshape(own, {1, length, op_.heads, 2 * op_.head_dim});
+      own = mx::reshape(columns(both, 0, op_.head_dim), {1, length, q});
+      gate = mx::reshape(columns(both, op_.head_dim, 2 * op_.head_dim), {1, length, q});
+    }
+    const auto queries = rotation_(heads(own, op_.heads, q_norm_), offset);
+    const auto keys = rotation_(heads(columns(qkv, wide, wide + kv), op_.kv_heads, k_norm_), offset);
+    const auto values = mx::transpose(split(columns(qkv, wide + kv, wide + 2 * kv), op_.kv_heads), {0, 2, 1, 3});
     // One new token sees all that a rotating cache holds.
     int window = op_.window.value_or(0);
     if (const int kept = held != nullptr ? held->max_size() : 0; kept > 0) window = length == 1 ? 0 : window > 0 ? window : kept;
-    return attend(queries, keys, values, held, scale_, window, op_.softcap);
+    const auto mixed = attend(queries, keys, values, held, scale_, window, op_.softcap);
+    return gate ? mx::multiply(mixed, mx::sigmoid(*gate)) : mixed;
   }
 
  private:

@@ -129,6 +129,8 @@ std::unique_ptr<Block> make_block(const arch::Op& op, Store& store, const std::s
     std::unique_ptr<Block> operator()(const arch::Glu& o) const { return std::make_unique<GluBlock>(o, store, at); }
     std::unique_ptr<Block> operator()(const arch::Mlp& o) const { return std::make_unique<MlpBlock>(o, store, at); }
     std::unique_ptr<Block> operator()(const arch::Moe& o) const { return make_moe(o, store, at); }
+    std::unique_ptr<Block> operator()(const arch::ShortConv& o) const { return make_short_conv(o, store, at); }
+    std::unique_ptr<Block> operator()(const arch::GatedDelta& o) const { return make_gated_delta(o, store, at); }
     std::unique_ptr<Block> operator()(const arch::Mamba2& o) const { return make_mamba2(o, store, at); }
   };
   return std::visit(Make{store, at}, op);

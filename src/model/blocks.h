@@ -95,6 +95,8 @@ std::unique_ptr<Block> make_block(const arch::Op& op, Store& store, const std::s
 std::unique_ptr<Block> make_attention(const arch::Attention& op, Store& store, const std::string& at);
 std::unique_ptr<Block> make_mla(const arch::Mla& op, Store& store, const std::string& at);
 std::unique_ptr<Block> make_moe(const arch::Moe& op, Store& store, const std::string& at);
+std::unique_ptr<Block> make_short_conv(const arch::ShortConv& op, Store& store, const std::string& at);
+std::unique_ptr<Block> make_gated_delta(const arch::GatedDelta& op, Store& store, const std::string& at);
 std::unique_ptr<Block> make_mamba2(const arch::Mamba2& op, Store& store, const std::string& at);
 
 /** x [.., D] cut along the last axis at [from, to). */

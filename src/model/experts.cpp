@@ -22,6 +22,7 @@ class MoeBlock final : public Block {
     if (op.shared_hidden > 0) {
       shared_up_ = op.shared_gated ? store.map({shared + "gate_proj", shared + "up_proj"}) : store.map({shared + "up_proj"});
       shared_down_ = store.map({shared + "down_proj"});
+      if (!op.shared_gate.empty()) shared_gate_ = store.map({path + op.shared_gate});
     }
   }
 
@@ -32,7 +33,10 @@ class MoeBlock final : public Block {
     const auto outputs = down_->gather(hidden(up_->gather(input, chosen[0], false), op_.gated), chosen[0], true);  // [T,k,D]
     auto y = mx::astype(mx::sum(mx::multiply(outputs, mx::expand_dims(chosen[1], -1)), 1), x.dtype());
     if (from_latent_) y = (*from_latent_)(y);
-    if (shared_up_) y = mx::add(y, (*shared_down_)(hidden((*shared_up_)(flat), op_.shared_gated)));
+    if (shared_up_) {
+      const auto shared = (*shared_down_)(hidden((*shared_up_)(flat), op_.shared_gated));
+      y = mx::add(y, shared_gate_ ? mx::multiply(mx::sigmoid((*shared_gate_)(flat)), shared) : shared);
+    }
     return mx::reshape(y, x.shape());
   }
 
@@ -40,7 +44,7 @@ class MoeBlock final : public Block {
   mx::array hidden(const mx::array& up, bool gated) const { return gated ? nn::glu(up, op_.act) : nn::activate(up, op_.act); }
 
   arch::Moe op_;
-  std::shared_ptr<nn::Linear> router_, up_, down_, into_latent_, from_latent_, shared_up_, shared_down_;
+  std::shared_ptr<nn::Linear> router_, up_, down_, into_latent_, from_latent_, shared_up_, shared_down_, shared_gate_;
   std::optional<mx::array> correction_;
 };
 

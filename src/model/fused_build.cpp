@@ -95,6 +95,10 @@ class Fuser {
         made.ops.push_back(latent(*l, at, layer));
       else if (const auto* s = std::get_if<arch::Mamba2>(&op))
         made.ops.push_back(mamba(*s, at, layer));
+      else if (const auto* c = std::get_if<arch::ShortConv>(&op))
+        made.ops.push_back(short_conv(*c, at, layer));
+      else if (const auto* d = std::get_if<arch::GatedDelta>(&op))
+        made.ops.push_back(gated_delta(*d, at, layer));
       else
         supported_ = false;
     }
@@ -132,21 +136,57 @@ class Fuser {
 
   FusedMamba mamba(const arch::Mamba2& op, const std::string& layer_at, int layer) {
     const std::string at = layer_at + op.at + ".";
-    FusedMamba made{.layer = layer, .spec = op};
+    FusedMamba made{.spec = op};
     made.in = map(at + "in_proj");
     made.out = map(at + "out_proj");
-    const auto conv = vector(at + "conv1d.weight");  // [channels][taps]
-    made.conv.resize(conv.size());
-    const int channels = made.channels();
-    for (int c = 0; c < channels; ++c) {
-      for (int t = 0; t < op.conv; ++t) made.conv[int64_t(t) * channels + c] = conv[int64_t(c) * op.conv + t];
-    }
-    if (op.conv_bias) made.conv_bias = vector(at + "conv1d.bias");
+    made.conv = conv(at + "conv1d", op.conv, op.conv_bias);
+    made.conv.silu = true;
+    made.memory = {layer, {{1, op.conv - 1, made.conv.channels}, {1, op.heads, op.head_dim, op.state}}};
     made.dt_bias = vector(at + "dt_bias");
     made.decay = vector(at + "A_log");
     for (auto& a : made.decay) a = -std::exp(a);
     made.skip = vector(at + "D");
     made.norm = vector(at + "norm.weight");
+    return made;
+  }
+
+  FusedShortConv short_conv(const arch::ShortConv& op, const std::string& layer_at, int layer) {
+    const std::string at = layer_at + op.at + ".";
+    FusedShortConv made;
+    made.in = map(at + "in_proj");
+    made.out = map(at + "out_proj");
+    made.conv = conv(at + "conv", op.conv, op.bias);
+    made.memory = {layer, {{1, op.conv - 1, op.width}}};
+    return made;
+  }
+
+  FusedGatedDelta gated_delta(const arch::GatedDelta& op, const std::string& layer_at, int layer) {
+    const std::string at = layer_at + op.at + ".";
+    constexpr float unit_eps = 1e-6f;  // of a sum of squares, in the reference of their mean
+    const float scale = 1.f / std::sqrt(float(op.key_dim));
+    FusedGatedDelta made{.spec = op};
+    made.in = map(at + (op.split ? "in_proj_qkv" : "in_proj_qkvz"));
+    made.out = map(at + "out_proj");
+    made.conv = conv(at + "conv1d", op.conv, false);
+    made.conv.silu = true;
+    made.dt_bias = vector(at + "dt_bias");
+    made.rate = vector(at + "A_log");
+    for (auto& a : made.rate) a = -std::exp(a);
+    made.unit_q = {std::vector<float>(op.key_dim, scale * scale), unit_eps * scale * scale};
+    made.unit_k = {std::vector<float>(op.key_dim, scale), unit_eps * scale * scale};
+    made.norm = norm({.at = "norm", .eps = op.norm_eps}, at);
+    made.memory = {layer, {{1, op.conv - 1, op.channels()}, {1, op.value_heads, op.value_dim, op.key_dim}}};
+    return made;
+  }
+
+  FusedConv conv(const std::string& at, int taps, bool bias) {
+    const auto weight = vector(at + ".weight");  // [channels][taps]
+    FusedConv made{.channels = static_cast<int>(weight.size()) / taps, .taps = taps};
+    made.weight.resize(weight.size());
+    for (int c = 0; c < made.channels; ++c) {
+      for (int t = 0; t < taps; ++t) made.weight[int64_t(t) * made.channels + c] = weight[int64_t(c) * taps + t];
+    }
+    if (bias) made.bias = vector(at + ".bias");
     return made;
   }
 
@@ -173,6 +213,7 @@ class Fuser {
     if (op.shared_hidden > 0) {
       made.shared_up = map(shared + (op.shared_gated ? "gate_proj" : "up_proj"));
       made.shared_down = map(shared + "down_proj");
+      if (!op.shared_gate.empty()) made.shared_gate = map(at + op.shared_gate);
     }
     return made;
   }
@@ -188,6 +229,7 @@ class Fuser {
     made.scale = op.scale != 0.f ? op.scale : 1.f / std::sqrt(float(op.head_dim));
     made.softcap = op.softcap;
     made.norm_full_width = op.norm_full_width;
+    made.gated = op.gated;
     made.rotation = rotation(op.rope);
     if (op.q_norm) made.q_norm = norm(*op.q_norm, at);
     if (op.k_norm) made.k_norm = norm(*op.k_norm, at);

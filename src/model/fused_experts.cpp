@@ -47,7 +47,7 @@ void route(const arch::Moe& spec, const std::vector<float>& correction, float* l
   const int n = spec.experts, k = spec.top_k;
   if (spec.route == arch::Route::softmax) softmax(logits, n);
   if (spec.route == arch::Route::sigmoid) {
-    for (int i = 0; i < n; ++i) logits[i] = 1.f / (1.f + std::exp(-logits[i]));
+    for (int i = 0; i < n; ++i) logits[i] = sigmoid(logits[i]);
   }
   if (correction.empty() && spec.groups <= 1) {
     top(logits, n, k, chosen);
@@ -123,7 +123,10 @@ void Program::experts(const FusedExperts& op, const FusedStep& step, int rows, f
         act_row(spec.act, from, spec.shared_gated ? from + shared : nullptr, to, shared);
       },
       exact(), more, width);
-  cpu::isa().add_scaled(y, more, 1.f, int64_t(rows) * width);
+  if (spec.shared_gate.empty()) return cpu::isa().add_scaled(y, more, 1.f, int64_t(rows) * width);
+  float* gates = spare_[1].get(rows);
+  cpu::eager_map(op.shared_gate, rows, from_input, exact(), gates, 1);
+  for (int64_t row = 0; row < rows; ++row) cpu::isa().add_scaled(y + row * width, more + row * width, sigmoid(gates[row]), width);
 }
 
 }  // namespace mlxlm::model::fused

@@ -4,60 +4,25 @@
 #include "model/fused_program.h"
 
 namespace mlxlm::model::fused {
-namespace {
-
-float softplus(float x) {
-  return x > 20.f ? x : std::log1p(std::exp(x));
-}
-
-}  // namespace
-
-/** Rows of a piece: what the convolution sees is the projection's own rows and, before the piece, the tail. */
-void Program::convolve(const FusedMamba& op, const float* tail, const float* projected, int64_t stride, int count, float* out,
-                       float* new_tail) const {
-  const int channels = op.channels(), taps = op.spec.conv;
-  const auto input = [&](int l) { return l < 0 ? tail + int64_t(l + taps - 1) * channels : projected + l * stride; };
-  constexpr int columns = 1024;
-  const int blocks = (channels + columns - 1) / columns;
-  for_rows(count * blocks, int64_t(columns) * 8, [&](int task) {
-    const int l = task / blocks, from = task % blocks * columns, to = std::min(channels, from + columns);
-    std::vector<const float*> rows(taps);
-    for (int t = 0; t < taps; ++t) rows[t] = input(l - taps + 1 + t);
-    float* row = out + int64_t(l) * channels;
-    cpu::isa().convolve(rows.data(), op.conv.data(), op.conv_bias.empty() ? nullptr : op.conv_bias.data(), taps, from, to, channels, row);
-    cpu::isa().silu_mul(row + from, nullptr, row + from, to - from);
-  });
-  // In order, because the new tail may be the old one's memory.
-  for (int t = 0; t < taps - 1; ++t) std::memmove(new_tail + int64_t(t) * channels, input(count - taps + 1 + t), channels * sizeof(float));
-}
-
 void Program::mamba(const FusedMamba& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y) {
   const auto& spec = op.spec;
-  const int rows = chunk.tokens, wide = op.in.out_dims, inner = op.inner(), channels = op.channels(), heads = spec.heads;
+  const int rows = chunk.tokens, wide = op.in.out_dims, inner = op.inner(), channels = op.conv.channels, heads = spec.heads;
   float *projected = spare_[0].get(int64_t(rows) * wide), *mixed = spare_[1].get(int64_t(rows) * channels);
   float *scanned = spare_[2].get(int64_t(rows) * inner), *steps = spare_[3].get(int64_t(rows) * 2 * heads);
-  cpu::eager_map(op.in, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), projected, wide);
+  cpu::eager_map(
+      op.in, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), projected, wide);
   for (int64_t i = 0; i < int64_t(rows) * heads; ++i) {
     const int64_t row = i / heads, h = i % heads;
     const float dt = std::clamp(softplus(projected[row * wide + inner + channels + h] + op.dt_bias[h]), spec.dt_min, spec.dt_max);
     steps[row * 2 * heads + h] = dt;
     steps[row * 2 * heads + heads + h] = std::exp(dt * op.decay[h]);
   }
-  std::vector<float> zeros(int64_t(spec.conv - 1) * channels, 0.f);
-  std::vector<int> first_row;
-  int at = 0;
-  for (const auto& piece : chunk.pieces) {
-    const auto& place = sequences[piece.sequence].recurrent[op.layer];
-    auto* new_tail = (*out_)[place.out].data<float>();
-    const float* tail = piece.first > 0 ? new_tail : place.in < 0 ? zeros.data() : (*in_)[place.in].data<float>();
-    convolve(op, tail, projected + int64_t(at) * wide + inner, wide, piece.count, mixed + int64_t(at) * channels, new_tail);
-    first_row.push_back(at);
-    at += piece.count;
-  }
+  convolve(op.conv, op.memory, sequences, chunk, projected + inner, wide, mixed);
+  const auto first_row = first_rows(chunk);
   cpu::in_parallel(static_cast<int>(chunk.pieces.size()) * heads, [&](int task) {
     const int p = task / heads, h = task % heads;
     const auto& piece = chunk.pieces[p];
-    const auto& place = sequences[piece.sequence].recurrent[op.layer];
+    const auto& place = sequences[piece.sequence].recurrent[op.memory.layer];
     const int64_t row = first_row[p], state = int64_t(h) * spec.head_dim * spec.state, group = h / (heads / spec.groups);
     cpu::ScanHead s;
     s.x = mixed + row * channels + h * spec.head_dim;

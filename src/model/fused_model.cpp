@@ -70,6 +70,18 @@ void Program::run(const std::vector<mx::array>& in, const std::vector<Sequence>&
   flush();
 }
 
+/** A row of queries with their gates, keys and values becomes one of queries, keys, values and gates. */
+static void part_gates(const FusedAttention& op, float* row) {
+  const int64_t q = op.heads * op.head_dim, kv = op.kv_heads * op.head_dim, bytes = op.head_dim * sizeof(float);
+  float* both = cpu::scratch(5, 2 * q);
+  std::memcpy(both, row, 2 * q * sizeof(float));
+  std::memmove(row + q, row + 2 * q, 2 * kv * sizeof(float));
+  for (int64_t h = 0; h < op.heads; ++h) {
+    std::memcpy(row + h * op.head_dim, both + 2 * h * op.head_dim, bytes);
+    std::memcpy(row + q + 2 * kv + h * op.head_dim, both + (2 * h + 1) * op.head_dim, bytes);
+  }
+}
+
 /** Norms and rotation of a token's heads; its key and value go to the cache. */
 void Program::finish_qkv(const FusedAttention& op, const Sequence& s, const Piece& piece, int l, int row, float* qkv) {
   const int q = op.heads * op.head_dim, kv = op.kv_heads * op.head_dim;
@@ -123,9 +135,10 @@ void Program::store_quantized(const FusedAttention& op, const Memory& memory, in
 
 void Program::attention(const FusedAttention& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk,
                         float* y) {
-  const int rows = chunk.tokens, q = op.heads * op.head_dim, wide = q + 2 * op.kv_heads * op.head_dim;
+  const int rows = chunk.tokens, q = op.heads * op.head_dim, kv = op.kv_heads * op.head_dim, wide = (op.gated ? 2 * q : q) + 2 * kv;
   float *qkv = qkv_.get(int64_t(rows) * wide), *mixed = mixed_.get(int64_t(rows) * q);
-  cpu::eager_map(op.qkv, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), qkv, wide);
+  cpu::eager_map(
+      op.qkv, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), qkv, wide);
   std::vector<const Piece*> piece_of(rows);
   std::vector<int> first_row(chunk.pieces.size());
   std::vector<cpu::EagerAttention> parts;
@@ -162,11 +175,16 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
   for_rows(rows, wide, [&](int row) {
     const Piece& piece = *piece_of[row];
     const int l = row - first_row[&piece - chunk.pieces.data()];
+    if (op.gated) part_gates(op, qkv + int64_t(row) * wide);
     finish_qkv(op, sequences[piece.sequence], piece, l, row, qkv + int64_t(row) * wide);
   });
   const auto storage = cpu::storage_of(dtype);
   cpu::eager_attention(parts, {op.heads, op.kv_heads, op.head_dim, op.head_dim, op.scale, op.softcap, storage});
-  cpu::eager_map(op.o, rows, [&](int row, float* to) { std::memcpy(to, mixed + int64_t(row) * q, q * sizeof(float)); }, exact(), y, width);
+  const auto heads = [&](int row, float* to) {
+    if (op.gated) return cpu::isa().sigmoid_mul(qkv + int64_t(row) * wide + q + 2 * kv, mixed + int64_t(row) * q, to, q);
+    std::memcpy(to, mixed + int64_t(row) * q, q * sizeof(float));
+  };
+  cpu::eager_map(op.o, rows, heads, exact(), y, width);
 }
 
 }  // namespace fused
@@ -185,7 +203,9 @@ class FusedModel final : public CausalModel {
       for (const auto& op : step.ops) {
         if (const auto* a = std::get_if<FusedAttention>(&op)) attentions_.push_back(a);
         if (const auto* l = std::get_if<FusedLatent>(&op)) attentions_.push_back(&l->memory);
-        if (const auto* m = std::get_if<FusedMamba>(&op)) mambas_.push_back(m);
+        if (const auto* m = std::get_if<FusedMamba>(&op)) states_.push_back(&m->memory);
+        if (const auto* c = std::get_if<FusedShortConv>(&op)) states_.push_back(&c->memory);
+        if (const auto* d = std::get_if<FusedGatedDelta>(&op)) states_.push_back(&d->memory);
       }
     }
   }
@@ -223,10 +243,11 @@ class FusedModel final : public CausalModel {
     std::vector<mx::Dtype> dtypes;
   };
 
-  static cache::RecurrentCache* recurrent_cache(const Segment& segment, int layer) {
+  static cache::RecurrentCache* recurrent_cache(const Segment& segment, const FusedState& state) {
     if (segment.caches == nullptr || segment.caches->empty()) return nullptr;
-    auto* held = dynamic_cast<cache::RecurrentCache*>((*segment.caches)[layer].get());
-    if (held == nullptr || held->slots() != 2) throw Error(Code::internal, "mamba", "got the cache of another kind of layer");
+    auto* held = dynamic_cast<cache::RecurrentCache*>((*segment.caches)[state.layer].get());
+    if (held == nullptr || held->slots() != static_cast<int>(state.shapes.size()))
+      throw Error(Code::internal, "recurrent layer", "got the cache of another kind of layer");
     return held;
   }
 
@@ -238,30 +259,32 @@ class FusedModel final : public CausalModel {
   }
 
   void plan_states(const Segment& segment, Sequence& s, Outputs& outputs) const {
-    if (mambas_.empty()) return;
+    if (states_.empty()) return;
     s.recurrent.resize(description().layers.size());
-    for (const auto* m : mambas_) {
-      const auto* held = recurrent_cache(segment, m->layer);
-      auto& place = s.recurrent[m->layer];
+    for (const auto* state : states_) {
+      const auto* held = recurrent_cache(segment, *state);
+      const int slots = static_cast<int>(state->shapes.size());
+      auto& place = s.recurrent[state->layer];
       place.out = static_cast<int>(outputs.shapes.size());
-      const mx::Shape shapes[] = {{1, m->spec.conv - 1, m->channels()}, {1, m->spec.heads, m->spec.head_dim, m->spec.state}};
-      if (held != nullptr && held->slot(0) && held->slot(1)) place.in = static_cast<int>(outputs.inputs.size());
-      for (int i = 0; i < 2; ++i) {
-        if (place.in >= 0) {
-          if (held->slot(i)->shape() != shapes[i]) throw Error(Code::internal, "mamba", "got a state of another shape");
+      bool filled = held != nullptr;
+      for (int i = 0; i < slots && filled; ++i) filled = held->slot(i).has_value();
+      if (filled) place.in = static_cast<int>(outputs.inputs.size());
+      for (int i = 0; i < slots; ++i) {
+        if (filled) {
+          if (held->slot(i)->shape() != state->shapes[i]) throw Error(Code::internal, "recurrent layer", "got a state of another shape");
           outputs.inputs.push_back(state_rows(*held->slot(i)));
         }
-        outputs.shapes.push_back(shapes[i]);
+        outputs.shapes.push_back(state->shapes[i]);
         outputs.dtypes.push_back(mx::float32);
       }
     }
   }
 
   void set_states(const Segment& segment, const Sequence& s, const std::vector<mx::array>& made) const {
-    for (const auto* m : mambas_) {
-      auto* held = recurrent_cache(segment, m->layer);
+    for (const auto* state : states_) {
+      auto* held = recurrent_cache(segment, *state);
       if (held == nullptr) continue;
-      for (int i = 0; i < 2; ++i) held->set_slot(i, made[s.recurrent[m->layer].out + i]);
+      for (int i = 0; i < held->slots(); ++i) held->set_slot(i, made[s.recurrent[state->layer].out + i]);
       held->advance(segment.tokens);
     }
   }
@@ -337,7 +360,7 @@ class FusedModel final : public CausalModel {
   std::unique_ptr<CausalModel> graph_;
   std::shared_ptr<Program> program_;
   std::vector<const FusedAttention*> attentions_;
-  std::vector<const FusedMamba*> mambas_;
+  std::vector<const FusedState*> states_;
 };
 
 }  // namespace

@@ -38,6 +38,10 @@ void Program::run_op(const FusedOp& op, const FusedStep& step, const std::vector
     experts(*e, step, chunk.tokens, y);
   else if (const auto* m = std::get_if<FusedMamba>(&op))
     mamba(*m, step, sequences, chunk, y);
+  else if (const auto* c = std::get_if<FusedShortConv>(&op))
+    short_conv(*c, step, sequences, chunk, y);
+  else if (const auto* d = std::get_if<FusedGatedDelta>(&op))
+    gated_delta(*d, step, sequences, chunk, y);
   else
     feed_forward(std::get<FusedFeedForward>(op), step, chunk.tokens, y);
 }
@@ -70,6 +74,14 @@ void Program::run_chunk(const int* tokens, const std::vector<Sequence>& sequence
   write_logits(sequences, chunk, logits, next_row);
 }
 
+float softplus(float x) {
+  return x > 20.f ? x : std::log1p(std::exp(x));
+}
+
+float sigmoid(float x) {
+  return 1.f / (1.f + std::exp(-x));
+}
+
 void act_row(arch::Act act, const float* gate, const float* up, float* out, int n) {
   switch (act) {
     case arch::Act::silu:
@@ -91,7 +103,8 @@ void act_row(arch::Act act, const float* gate, const float* up, float* out, int 
 void Program::feed_forward(const FusedFeedForward& op, const FusedStep& step, int rows, float* y) {
   const int wide = op.gated ? 2 * op.hidden : op.hidden;
   float* hidden = hidden_.get(int64_t(rows) * wide);
-  cpu::eager_map(op.up, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), hidden, wide);
+  cpu::eager_map(
+      op.up, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), hidden, wide);
   cpu::eager_map(
       op.down, rows,
       [&](int row, float* to) {

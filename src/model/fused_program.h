@@ -35,6 +35,7 @@ struct FusedAttention {
   float scale = 1.f, softcap = 0.f;
   bool latent = false;  // key and value are the two parts of a latent key
   bool norm_full_width = false;
+  bool gated = false;  // the projection's queries come with gates: of each head, the query and then the gate
   std::optional<FusedNorm> q_norm{}, k_norm{};
   cpu::EagerMap qkv{}, o{};
 };
@@ -59,19 +60,47 @@ struct FusedLatent {
 struct FusedExperts {
   arch::Moe spec{};
   std::vector<float> correction{};
-  cpu::EagerMap router{}, up{}, down{}, into_latent{}, from_latent{}, shared_up{}, shared_down{};
+  cpu::EagerMap router{}, up{}, down{}, into_latent{}, from_latent{}, shared_up{}, shared_down{}, shared_gate{};
+};
+
+/** A causal convolution of each channel by itself. */
+struct FusedConv {
+  int channels = 0, taps = 0;
+  std::vector<float> weight{}, bias{};  // [taps][channels], [channels] or none
+  bool silu = false;                    // of the sum
+};
+
+/** Whose cache a recurrent op uses, and the arrays in it: the convolution's tail comes first. */
+struct FusedState {
+  int layer = 0;
+  std::vector<mx::Shape> shapes{};
 };
 
 struct FusedMamba {
-  int layer = 0;
+  FusedState memory{};
   arch::Mamba2 spec{};
-  std::vector<float> conv{}, conv_bias{}, dt_bias{}, decay{}, skip{}, norm{};  // conv [taps][channels], decay = -exp(A_log)
+  FusedConv conv{};
+  std::vector<float> dt_bias{}, decay{}, skip{}, norm{};  // decay = -exp(A_log)
   cpu::EagerMap in{}, out{};
   int inner() const { return spec.heads * spec.head_dim; }
-  int channels() const { return inner() + 2 * spec.groups * spec.state; }
 };
 
-using FusedOp = std::variant<FusedAttention, FusedFeedForward, FusedLatent, FusedExperts, FusedMamba>;
+struct FusedShortConv {
+  FusedState memory{};
+  FusedConv conv{};
+  cpu::EagerMap in{}, out{};
+};
+
+struct FusedGatedDelta {
+  FusedState memory{};
+  arch::GatedDelta spec{};
+  FusedConv conv{};
+  std::vector<float> dt_bias{}, rate{};  // rate = -exp(A_log)
+  FusedNorm unit_q{}, unit_k{}, norm{};  // the first two make rows of a fixed length
+  cpu::EagerMap in{}, out{};
+};
+
+using FusedOp = std::variant<FusedAttention, FusedFeedForward, FusedLatent, FusedExperts, FusedMamba, FusedShortConv, FusedGatedDelta>;
 
 struct FusedStep {
   std::optional<FusedNorm> pre{}, post{};
@@ -92,7 +121,7 @@ struct Memory {
 };
 
 /** Where a recurrent layer's state comes from and goes to: positions of the convolution's tail in the step's inputs (-1 = none yet) and
- * outputs; the state itself comes next. */
+ * outputs; the state itself, if there is one, comes next. */
 struct Recurrent {
   int in = -1, out = -1;
 };
@@ -138,8 +167,20 @@ class Program {
   void attend_in_latent(const FusedLatent& op, const std::vector<Sequence>& sequences, const Chunk& chunk, const float* q);
   void experts(const FusedExperts& op, const FusedStep& step, int rows, float* y);
   void mamba(const FusedMamba& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
-  void convolve(const FusedMamba& op, const float* tail, const float* projected, int64_t stride, int count, float* out,
-                float* new_tail) const;
+  void short_conv(const FusedShortConv& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
+  void gated_delta(const FusedGatedDelta& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
+  void convolve(const FusedConv& conv, const FusedState& memory, const std::vector<Sequence>& sequences, const Chunk& chunk,
+                const float* input, int64_t stride, float* out) const;
+  /** Of each piece, in the chunk. */
+  static std::vector<int> first_rows(const Chunk& chunk) {
+    std::vector<int> rows;
+    int at = 0;
+    for (const auto& piece : chunk.pieces) {
+      rows.push_back(at);
+      at += piece.count;
+    }
+    return rows;
+  }
   static void scan_in_blocks(cpu::ScanHead s);
   void run_op(const FusedOp& op, const FusedStep& step, const std::vector<Sequence>& sequences, const Chunk& chunk, float* y);
   void feed_forward(const FusedFeedForward& op, const FusedStep& step, int rows, float* y);
@@ -165,6 +206,12 @@ void for_rows(int rows, int64_t width, Body&& body) {
     for (int row = int(int64_t(rows) * chunk / chunks); row < int(int64_t(rows) * (chunk + 1) / chunks); ++row) body(row);
   });
 }
+
+/** The convolution of one sequence's tokens: what it sees is the input's own rows and, before them, the tail. */
+void convolve_piece(const FusedConv& conv, const float* tail, const float* input, int64_t stride, int count, float* out, float* new_tail);
+
+float softplus(float x);
+float sigmoid(float x);
 
 /** act(gate) * up, or act(gate) where up is null. */
 void act_row(arch::Act act, const float* gate, const float* up, float* out, int n);

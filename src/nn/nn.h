@@ -107,4 +107,16 @@ std::vector<mx::array> ssm_scan(const mx::array& x, const mx::array& a_log, cons
                                 const mx::array& dt, const mx::array& dt_bias, const std::optional<mx::array>& state, float dt_min,
                                 float dt_max);
 
+/** The gated delta rule, token by token. q, k [B,L,G,E] with H a multiple of G, v [B,L,H,F], decay and beta [B,L,H], state [B,H,F,E] or
+ * none -> {y [B,L,H,F] in v's dtype, new state, float32}. Reference: mlx_lm/models/gated_delta.py */
+std::vector<mx::array> gated_delta(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& decay,
+                                   const mx::array& beta, const std::optional<mx::array>& state);
+
+/** The same by plain operations, for devices that have no kernel for it. */
+std::vector<mx::array> gated_delta_by_ops(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& decay,
+                                          const mx::array& beta, const std::optional<mx::array>& state);
+
+/** How much is kept of a state: exp(-exp(A_log) * softplus(a + dt_bias)), float32. */
+mx::array delta_decay(const mx::array& a, const mx::array& a_log, const mx::array& dt_bias);
+
 }  // namespace mlxlm::nn

@@ -1,4 +1,4 @@
-// Short convolutions and the Mamba-2 scan. Reference: mlx_lm/models/nemotron_h.py, ssm.py
+// Short convolutions, the Mamba-2 scan and the gated delta rule. Reference: mlx_lm/models/nemotron_h.py, ssm.py, gated_delta.py
 #include <mlx/ops.h>
 
 #include "nn/nn.h"
@@ -65,6 +65,38 @@ std::vector<mx::array> short_conv(const mx::array& x, const std::optional<mx::ar
   }
   if (bias) y = mx::add(y, *bias);
   return {y, part(padded, length, length + taps - 1)};
+}
+
+mx::array delta_decay(const mx::array& a, const mx::array& a_log, const mx::array& dt_bias) {
+  const auto rate = mx::exp(mx::astype(a_log, mx::float32));
+  return mx::exp(mx::negative(mx::multiply(rate, softplus(mx::add(a, dt_bias)))));
+}
+
+std::vector<mx::array> gated_delta_by_ops(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& decay,
+                                          const mx::array& beta, const std::optional<mx::array>& state) {
+  const int batch = q.shape(0), length = q.shape(1), groups = q.shape(2), width = q.shape(3), heads = v.shape(2), dims = v.shape(3);
+  auto held = state ? *state : mx::zeros({batch, heads, dims, width}, mx::float32);
+  const auto token = [](const mx::array& a, int t, mx::Shape shape) { return mx::reshape(part(a, t, t + 1), std::move(shape)); };
+  const auto row = [&](const mx::array& a, int t) { return mx::repeat(token(a, t, {batch, groups, 1, width}), heads / groups, 1); };
+  std::vector<mx::array> ys;
+  for (int t = 0; t < length; ++t) {
+    const auto key = row(k, t), query = row(q, t);
+    held = mx::multiply(held, token(decay, t, {batch, heads, 1, 1}));
+    const auto seen = mx::sum(mx::multiply(held, key), -1, true);
+    const auto add = mx::multiply(mx::subtract(token(v, t, {batch, heads, dims, 1}), seen), token(beta, t, {batch, heads, 1, 1}));
+    held = mx::add(held, mx::multiply(key, add));
+    ys.push_back(mx::astype(mx::sum(mx::multiply(held, query), -1), v.dtype()));
+  }
+  return {mx::stack(ys, 1), held};
+}
+
+std::vector<mx::array> gated_delta(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& decay,
+                                   const mx::array& beta, const std::optional<mx::array>& state) {
+  if (!kernels::cpu::active()) return gated_delta_by_ops(q, k, v, decay, beta, state);
+  const auto f32 = [](const mx::array& a) { return mx::contiguous(mx::astype(a, mx::float32)); };
+  const auto before = state ? std::optional(f32(*state)) : std::nullopt;
+  const auto made = kernels::cpu::gated_delta(f32(q), f32(k), f32(v), f32(decay), f32(beta), before);
+  return {mx::astype(made[0], v.dtype()), made[1]};
 }
 
 std::vector<mx::array> ssm_scan(const mx::array& x, const mx::array& a_log, const mx::array& b, const mx::array& c, const mx::array& d,

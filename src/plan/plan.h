@@ -35,6 +35,7 @@ struct LayerCache {
   int window_tokens = 0;         // rotating
   int64_t values_per_token = 0;  // full, rotating: numbers stored for a token (k and v together)
   int64_t values_fixed = 0;      // recurrent: numbers stored whatever the length
+  int states = 0;                // recurrent: arrays that hold them
 };
 
 /** One entry a layer. */

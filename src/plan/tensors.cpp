@@ -48,7 +48,7 @@ class Lister {
     if (!a.fused_qkv.empty()) {
       linear(at + a.fused_qkv, model_.width, q + 2 * kv, a.qkv_bias);
     } else {
-      linear(at + a.q, model_.width, q, a.qkv_bias);
+      linear(at + a.q, model_.width, a.gated ? 2 * q : q, a.qkv_bias);
       linear(at + a.k, model_.width, kv, a.qkv_bias);
       linear(at + a.v, model_.width, kv, a.qkv_bias);
     }
@@ -103,6 +103,7 @@ class Lister {
       if (f.shared_gated) linear(at + f.shared_at + ".gate_proj", model_.width, f.shared_hidden, f.bias);
       linear(at + f.shared_at + ".up_proj", model_.width, f.shared_hidden, f.bias);
       linear(at + f.shared_at + ".down_proj", f.shared_hidden, model_.width, f.bias);
+      if (!f.shared_gate.empty()) linear(at + f.shared_gate, model_.width, 1, false);
     }
   }
   void op(const Mamba2& f) {
@@ -115,6 +116,29 @@ class Lister {
     norm(at + "norm", Norm{}, inner);
     linear(at + "out_proj", inner, model_.width, f.proj_bias);
   }
+  void op(const ShortConv& f) {
+    const std::string at = at_ + f.at + ".";
+    linear(at + "in_proj", f.width, 3 * f.width, f.bias);
+    add(at + "conv", "weight", {f.width, f.conv, 1}, Role::other);
+    if (f.bias) add(at + "conv", "bias", {f.width}, Role::vector);
+    linear(at + "out_proj", f.width, f.width, f.bias);
+  }
+  void op(const GatedDelta& f) {
+    const std::string at = at_ + f.at + ".";
+    if (f.split) {
+      linear(at + "in_proj_qkv", model_.width, f.channels(), false);
+      linear(at + "in_proj_z", model_.width, f.values(), false);
+      linear(at + "in_proj_b", model_.width, f.value_heads, false);
+      linear(at + "in_proj_a", model_.width, f.value_heads, false);
+    } else {
+      linear(at + "in_proj_qkvz", model_.width, f.channels() + f.values(), false);
+      linear(at + "in_proj_ba", model_.width, 2 * f.value_heads, false);
+    }
+    add(at + "conv1d", "weight", {f.channels(), f.conv, 1}, Role::other);
+    for (const char* name : {"dt_bias", "A_log"}) add(at + name, "", {f.value_heads}, Role::other);
+    norm(at + "norm", Norm{}, f.value_dim);
+    linear(at + "out_proj", f.values(), model_.width, false);
+  }
 
   const Model& model_;
   std::string at_;
@@ -124,13 +148,17 @@ class Lister {
 struct CacheOf {
   LayerCache operator()(const Attention& a) const {
     const int64_t values = 2LL * a.kv_heads * a.head_dim;
-    return a.window ? LayerCache{CacheKind::rotating, *a.window, values, 0} : LayerCache{CacheKind::full, 0, values, 0};
+    return a.window ? LayerCache{CacheKind::rotating, *a.window, values} : LayerCache{CacheKind::full, 0, values};
   }
-  LayerCache operator()(const Mla& a) const { return {CacheKind::full, 0, int64_t(a.kv_lora) + a.rope_dim, 0}; }
+  LayerCache operator()(const Mla& a) const { return {CacheKind::full, 0, int64_t(a.kv_lora) + a.rope_dim}; }
   LayerCache operator()(const Mamba2& f) const {
     const int64_t inner = int64_t(f.heads) * f.head_dim, conv = inner + 2LL * f.groups * f.state;
-    return {CacheKind::recurrent, 0, 0, (f.conv - 1) * conv + inner * f.state};
+    return {CacheKind::recurrent, 0, 0, (f.conv - 1) * conv + inner * f.state, 2};
   }
+  LayerCache operator()(const GatedDelta& f) const {
+    return {CacheKind::recurrent, 0, 0, (f.conv - 1LL) * f.channels() + int64_t(f.values()) * f.key_dim, 2};
+  }
+  LayerCache operator()(const ShortConv& f) const { return {CacheKind::recurrent, 0, 0, (f.conv - 1LL) * f.width, 1}; }
   LayerCache operator()(const Glu&) const { return {}; }
   LayerCache operator()(const Mlp&) const { return {}; }
   LayerCache operator()(const Moe&) const { return {}; }

@@ -135,6 +135,40 @@ void conv_to_nlc(Tensors& tensors, const Rule& rule) {
   }
 }
 
+/** Whether the name or the axes of some tensor show that the checkpoint is as its authors published it. */
+bool as_published(const Tensors& tensors, const std::string& sign) {
+  for (const auto& [name, value] : tensors) {
+    if (match(sign, name) && (value.ndim() != 3 || value.shape(2) != 1)) return true;
+  }
+  return false;
+}
+
+void add_one(Tensors& tensors, const Rule& rule) {
+  if (!as_published(tensors, rule.to)) return;
+  for (auto& [name, value] : tensors) {
+    if (glob_match(rule.from, name) && value.ndim() == 1) value = mx::add(value, mx::array(1.f, value.dtype()));
+  }
+}
+
+void split_gate_up(Tensors& tensors, const Rule& rule) {
+  std::vector<std::pair<std::string, Match>> found;
+  for (const auto& [name, value] : tensors) {
+    if (auto m = match(rule.from, name)) found.emplace_back(name, std::move(*m));
+  }
+  for (const auto& [name, m] : found) {
+    const mx::array both = tensors.at(name);
+    if (both.ndim() != 3 || both.shape(1) % 2 != 0) throw Error(Code::bad_weights, shown_name(name), "wanted three axes, the second even");
+    const int half = both.shape(1) / 2;
+    tensors.erase(name);
+    for (const int part : {0, 1}) {
+      std::string to = fill(rule.to, m);
+      to.replace(to.find("{part}"), std::string_view("{part}").size(), part == 0 ? "gate_proj" : "up_proj");
+      const auto rows = mx::slice(both, {0, part * half, 0}, {both.shape(0), (part + 1) * half, both.shape(2)});
+      if (!tensors.emplace(to, mx::contiguous(rows)).second) throw Error(Code::bad_weights, shown_name(name), "stands beside its parts");
+    }
+  }
+}
+
 mx::array dequant_fp8(const mx::array& packed, const mx::array& scale_inv, const std::string& name) {
   constexpr int block = 128;
   const auto bad = [&](const char* problem) { throw Error(Code::bad_weights, shown_name(name), problem); };
@@ -242,6 +276,10 @@ void apply(Tensors& tensors, const Rule& rule, const arch::Model& model) {
       return absorb_mla(tensors, model);
     case Rule::strip_prefix:
       return strip_prefix(tensors, rule);
+    case Rule::add_one:
+      return add_one(tensors, rule);
+    case Rule::split_gate_up:
+      return split_gate_up(tensors, rule);
   }
 }
 

@@ -446,7 +446,8 @@ TEST_P(Faults, CancelKeepsWhatIsDone) {
   EXPECT_FALSE(answers[1].tokens.empty());
 }
 
-INSTANTIATE_TEST_SUITE_P(Family, Faults, testing::Values("llama.f32", "gemma3_text.q4", "nemotron_h.q4"), test_name);
+INSTANTIATE_TEST_SUITE_P(Family, Faults, testing::Values("llama.f32", "gemma3_text.q4", "nemotron_h.q4", "lfm2.q4", "qwen3_next.f32"),
+                         test_name);
 
 }  // namespace
 }  // namespace mlxlm::tests

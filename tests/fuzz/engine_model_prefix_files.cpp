@@ -43,7 +43,8 @@ class PrefixFolderTest : public testing::Test {
     std::size_t found = 0;
   };
   /** As a process of its own would: nothing but the folder stays. */
-  Result run(model::CausalModel& model, const std::vector<Tokens>& prompts, int64_t bytes = 1 << 30, const std::vector<int>& boundaries = {}) {
+  Result run(model::CausalModel& model, const std::vector<Tokens>& prompts, int64_t bytes = 1 << 30,
+             const std::vector<int>& boundaries = {}) {
     const engine::Limits limits{.prefix_cache_bytes = 1 << 28};
     gen::ModelRunner runner(model, limits);
     gen::PrefixFiles store({folder_, bytes, [&](const std::string& text) { warnings_.push_back(text); }}, model, runner);
@@ -105,7 +106,7 @@ TEST_F(PrefixFolderTest, OutlivesTheEngine) {
 
 /** Windows and recurrent states cannot be cut: what was stored at a boundary is used as it is. */
 TEST_F(PrefixFolderTest, KeepsSnapshots) {
-  for (const char* name : {"llama.f32", "nemotron_h.f32"}) {
+  for (const char* name : {"llama.f32", "nemotron_h.f32", "lfm2.f32"}) {
     SCOPED_TRACE(name);
     fs::remove_all(folder_);
     const auto model = model_named(name);
@@ -169,7 +170,8 @@ TEST_F(PrefixFolderTest, LyingFilesAreIgnored) {
 
 TEST_F(PrefixFolderTest, WhatADeadWriterLeftIsRemoved) {
   fs::create_directories(folder_);
-  const auto left = folder_ / "prefix-0123.safetensors.tmp999999999", busy = folder_ / ("prefix-4567.safetensors.tmp" + std::to_string(::getppid()));
+  const auto left = folder_ / "prefix-0123.safetensors.tmp999999999",
+             busy = folder_ / ("prefix-4567.safetensors.tmp" + std::to_string(::getppid()));
   std::ofstream(left) << "half";
   std::ofstream(busy) << "being written";
   run({tokens(150)});

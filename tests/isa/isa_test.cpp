@@ -277,6 +277,12 @@ void test_rows(const Isa& isa) {
     isa.silu_mul(x.data(), y.data(), got.data(), n);
     for (int i = 0; i < n; ++i) wanted[i] = float(x[i] / (1 + std::exp(-double(x[i]))) * y[i]);
     near(isa, "silu", got, wanted, 2e-6f);
+    isa.sigmoid_mul(x.data(), y.data(), got.data(), n);
+    for (int i = 0; i < n; ++i) wanted[i] = float(y[i] / (1 + std::exp(-double(x[i]))));
+    near(isa, "sigmoid", got, wanted, 2e-6f);
+    isa.multiply(x.data(), y.data(), got.data(), n);
+    for (int i = 0; i < n; ++i) wanted[i] = x[i] * y[i];
+    near(isa, "multiply", got, wanted, 0.f);
     isa.gelu_tanh_mul(x.data(), y.data(), got.data(), n);
     for (int i = 0; i < n; ++i) {
       const double g = x[i];
@@ -303,6 +309,46 @@ void test_rows(const Isa& isa) {
       }
       near(isa, "rope", got, wanted, 1e-6f);
     }
+  }
+}
+
+void test_delta(const Isa& isa) {
+  for (const int width : {7, 64, 100, 128, 192}) {
+    const int dims = 3, tokens = 5;
+    const float unit = 1 / std::sqrt(float(width)), decay = 0.8f, beta = 0.6f;
+    const auto q = noises(1, tokens * width, unit), k = noises(2, tokens * width, unit), v = noises(3, tokens * dims),
+               from = noises(4, dims * width);
+    std::vector<float> got(tokens * dims), wanted(tokens * dims), state(dims * width), last(dims * width);
+    const std::vector<float> decays(tokens, decay), betas(tokens, beta);
+    for (int d = 0; d < dims; ++d) {
+      std::vector<double> held(from.begin() + d * width, from.begin() + (d + 1) * width);
+      for (int t = 0; t < tokens; ++t) {
+        double seen = 0, answer = 0;
+        for (int n = 0; n < width; ++n) seen += decay * held[n] * k[t * width + n];
+        for (int n = 0; n < width; ++n) {
+          held[n] = decay * held[n] + beta * (v[t * dims + d] - seen) * k[t * width + n];
+          answer += held[n] * q[t * width + n];
+        }
+        wanted[t * dims + d] = float(answer);
+      }
+      for (int n = 0; n < width; ++n) last[d * width + n] = float(held[n]);
+    }
+    DeltaHead s;
+    s.q = q.data();
+    s.k = k.data();
+    s.v = v.data();
+    s.decay = decays.data();
+    s.beta = betas.data();
+    s.qk_stride = s.width = width;
+    s.v_stride = s.y_stride = s.dims = dims;
+    s.step_stride = 1;
+    s.from = from.data();
+    s.state = state.data();
+    s.y = got.data();
+    s.tokens = tokens;
+    isa.delta(s);
+    near(isa, "delta", got, wanted, 1e-5f);
+    near(isa, "delta's state", state, last, 1e-5f);
   }
 }
 
@@ -362,6 +408,7 @@ int main(int argc, char** argv) {
     cpu::test_conversion(isa);
     cpu::test_rows(isa);
     cpu::test_attention(isa);
+    cpu::test_delta(isa);
     names += " " + std::string(name);
   }
   for (int i = 1; i < argc; ++i)

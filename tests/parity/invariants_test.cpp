@@ -1,11 +1,13 @@
 // What must hold of every architecture without a reference: pieces = whole, batched = alone, trim and replay, copies, lengths.
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 
 #include <gtest/gtest.h>
 #include <mlx/ops.h>
 
 #include "cache/quantized.h"
+#include "kernels/cpu/kernels.h"
 #include "parity_case.h"
 
 namespace mlxlm::tests {
@@ -73,6 +75,14 @@ class Invariants : public testing::TestWithParam<std::string> {
   Tokens tokens_;
   std::unique_ptr<model::CausalModel> model_;
 };
+
+/** A model that silently ran as graph would pass all else. */
+TEST_P(Invariants, EveryOpHasKernels) {
+  if (!kernels::cpu::active() || std::getenv("MLXLM_TEST_EXECUTOR") != nullptr) GTEST_SKIP() << "not on this executor";
+  const bool by_length = GetParam().starts_with("llama_dynamic"),
+             adapted = GetParam().find("lora") != std::string::npos || GetParam().find("dora") != std::string::npos;
+  EXPECT_EQ(model_->executor(), std::string(by_length || adapted ? "graph" : "fused"));
+}
 
 TEST_P(Invariants, PiecesAreTheWhole) {
   cache::Caches none;

@@ -39,6 +39,9 @@ def cases():
     yield "qwen3_bounded", known["qwen3"], 21, None, 16, True
     yield "gemma3_text", known["gemma3_text"], 11, None, None, True
     yield "nemotron_h", known["nemotron_h"], 6, None, None, True
+    yield "lfm2", known["lfm2"], 6, None, None, True
+    yield "qwen3_next", known["qwen3_next"], 6, None, None, True
+    yield "qwen3_next_kv8", known["qwen3_next"], 12, (8, 32), None, True
     yield "deepseek_v3", known["deepseek_v3"], 4, None, None, True
 
 

@@ -126,6 +126,31 @@ def published_nemotron_h(shapes, config):
     return out | {"mtp.layers.0.eh_proj.weight": [8, 16]}
 
 
+def published_lfm2(shapes, config):
+    return {n: [s[0], s[2], s[1]] if n.endswith("conv.conv.weight") else s for n, s in shapes.items()}
+
+
+def ncl(shapes):
+    return {n: [s[0], s[2], s[1]] if n.endswith("conv1d.weight") else s for n, s in shapes.items()}
+
+
+def published_qwen3_next(shapes, config):
+    return ncl(published_qwen3_moe(shapes, config)) | {"mtp.fc.weight": [8, 16]}
+
+
+def published_qwen3_5(shapes, config):
+    """With a vision tower; experts stacked, gate and up together."""
+    out = {}
+    for name, shape in ncl(shapes).items():
+        name = name.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head", "lm_head")
+        if "switch_mlp.up_proj" in name:
+            continue
+        if "switch_mlp.gate_proj" in name:
+            shape = [shape[0], 2 * shape[1], shape[2]]
+        out[name.replace("switch_mlp.gate_proj.weight", "experts.gate_up_proj").replace("switch_mlp.down_proj.weight", "experts.down_proj")] = shape
+    return out | {"model.visual.patch_embed.proj.weight": [8, 16], "mtp.norm.weight": [8]}
+
+
 def published_gemma3(shapes, config):
     out = {n: s for n, s in shapes.items() if "lm_head" not in n}
     return out | {"vision_tower.vision_model.embeddings.patch_embedding.bias": [32], "multi_modal_projector.mm_input_projection_weight": [32, 64]}
@@ -276,9 +301,10 @@ def cases():
     without_experts = {
         "deepseek_v3_dense": configs["deepseek_v3"] | {"first_k_dense_replace": 3},
         "nemotron_h_dense": configs["nemotron_h"] | {"hybrid_override_pattern": "M*-MM"},
+        "qwen3_next_dense": configs["qwen3_next"] | {"mlp_only_layers": [0, 1, 2, 3]},
     }
     for dtype in ("f16", "bf16"):
-        for name in ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3"):
+        for name in ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3", "lfm2"):
             yield case(f"{name}.{dtype}", name, dtype)
         for name, config in without_experts.items():
             yield case(f"{name}.{dtype}", config, dtype)
@@ -286,6 +312,8 @@ def cases():
             yield case(f"{name}.{dtype}_q4", name, dtype, quantize=affine(4, 32))
         # With seed 0, bfloat16 rounding sends a token to another expert in the reference itself.
         yield case(f"deepseek_v3.{dtype}_q4", "deepseek_v3", dtype, seed=1, quantize=affine(4, 32))
+        # All experts, for the same reason.
+        yield case(f"qwen3_next.{dtype}_q4", configs["qwen3_next"] | {"num_experts_per_tok": 8}, dtype, seed=1, quantize=affine(4, 32))
     yield case("gemma3_text.f16_q4", "gemma3_text", "f16", quantize=affine(4, 32))
 
     pairs = 8  # of a head of llama.json
@@ -322,6 +350,10 @@ def cases():
     yield case("deepseek_v3_published.fp8", "deepseek_v3", published=published_deepseek_fp8)
     yield case("deepseek_v3_published.q4", "deepseek_v3", published=published_deepseek, stored_quantized="kv_b_proj.weight")
     yield case("nemotron_h_published.f32", "nemotron_h", published=published_nemotron_h)
+    yield case("qwen3_next_published.f32", "qwen3_next", published=published_qwen3_next)
+    yield case("qwen3_5_published.f32", "qwen3_5", published=published_qwen3_5)
+    yield case("qwen3_5_moe_published.f32", "qwen3_5_moe", published=published_qwen3_5)
+    yield case("lfm2_published.f32", "lfm2", published=published_lfm2)
     yield case("gemma3_published.f32", "gemma3", published=published_gemma3)
 
 

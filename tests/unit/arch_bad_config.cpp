@@ -24,6 +24,27 @@ json nemotron() {
     "conv_kernel": 4, "n_groups": 2, "layer_norm_epsilon": 1e-5})");
 }
 
+json lfm2() {
+  return json::parse(R"({"model_type": "lfm2", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "norm_eps": 1e-5, "conv_bias": false, "conv_L_cache": 3, "block_ff_dim": 96, "block_multiple_of": 32,
+    "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": true, "full_attn_idxs": [1]})");
+}
+
+json qwen3_next() {
+  return json::parse(R"({"model_type": "qwen3_next", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128, "intermediate_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "partial_rotary_factor": 0.25, "rope_theta": 1e7, "rms_norm_eps": 1e-6,
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4,
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "full_attention_interval": 2})");
+}
+
+json qwen3_5() {
+  json config = qwen3_next();
+  config["model_type"] = "qwen3_5";
+  config["rope_parameters"] = {{"rope_theta", 1e6}, {"partial_rotary_factor", 0.5}};
+  return config;
+}
+
 struct Case {
   json config;
   std::string key;
@@ -50,7 +71,8 @@ void expect_error(const Case& t) {
 }
 
 TEST(BadConfig, TheBasesAreFine) {
-  for (const auto& config : {llama(), deepseek(), nemotron()}) EXPECT_FALSE(build(Config(config)).layers.empty());
+  for (const auto& config : {llama(), deepseek(), nemotron(), lfm2(), qwen3_next(), qwen3_5()})
+    EXPECT_FALSE(build(Config(config)).layers.empty());
 }
 
 TEST(BadConfig, MissingKeys) {
@@ -116,6 +138,19 @@ TEST(BadConfig, Contradictions) {
   expect_error({nemotron(), "hybrid_override_pattern", nullptr, "hybrid_override_pattern: got 0 layers"});
   expect_error({nemotron(), "n_groups", 3, "n_groups: got 3, wanted a divisor of 4 heads"});
   expect_error({nemotron(), "time_step_limit", json::array({0.5, 0.1}), "time_step_limit"});
+  expect_error({qwen3_next(), "linear_num_value_heads", 3, "linear_num_value_heads: got 3, wanted a multiple of 2 key heads"});
+  expect_error({qwen3_next(), "linear_conv_kernel_dim", 1, "linear_conv_kernel_dim: got 1, wanted 2 to 1024"});
+  expect_error({qwen3_next(), "linear_key_head_dim", 2000000000, "linear_key_head_dim: got 2000000000"});
+  expect_error({qwen3_next(), "partial_rotary_factor", 0.1, "head_dim: got 3 rotated of 32"});
+  expect_error({qwen3_next(), "head_dim", nullptr, "head_dim: missing"});
+  expect_error({qwen3_5(), "rope_parameters", 3, "rope_parameters"});
+  expect_error({lfm2(), "conv_L_cache", 1, "conv_L_cache: got 1, wanted 2 to 1024"});
+  expect_error({lfm2(), "full_attn_idxs", json::array({2}), "full_attn_idxs: got 2 of 2 layers"});
+  expect_error({lfm2(), "full_attn_idxs", nullptr, "layer_types: got 0 entries"});
+  expect_error({lfm2(), "block_dim", 128, "block_dim: got 128, wanted hidden_size, 64"});
+  expect_error({lfm2(), "block_ff_dim", 2000000000, "block_ff_dim"});
+  expect_error({lfm2(), "block_multiple_of", 2000000000, "block_multiple_of"});
+  expect_error({lfm2(), "block_ffn_dim_multiplier", 1e30, "block_ffn_dim_multiplier"});
 }
 
 TEST(BadConfig, Rope) {
@@ -167,7 +202,7 @@ TEST(BadConfig, AnyValueAnywhere) {
                       2147483647,
                       -2147483648LL,
                       9223372036854775807LL};
-  for (json base : {llama(), deepseek(), nemotron()}) {
+  for (json base : {llama(), deepseek(), nemotron(), lfm2(), qwen3_next(), qwen3_5()}) {
     for (const char* key : {"rope_scaling", "rope_parameters", "layer_types", "q_lora_rank", "rope_theta", "head_dim", "sliding_window",
                             "moe_latent_size", "time_step_limit", "max_position_embeddings", "norm_topk_prob", "layers_block_type"}) {
       if (!base.contains(key)) base[key] = nullptr;

@@ -99,9 +99,111 @@ TEST(Convolve, IsTheSumOfItsTaps) {
   }
 }
 
+struct DeltaCase {
+  int tokens, dims, width;
+  bool from;
+};
+
+class Delta : public testing::TestWithParam<DeltaCase> {
+ protected:
+  void SetUp() override {
+    const auto& p = GetParam();
+    const float unit = 1.f / std::sqrt(float(p.width));
+    q_ = noise(1, int64_t(p.tokens) * p.width, unit);
+    k_ = noise(2, int64_t(p.tokens) * p.width, unit);
+    v_ = noise(3, int64_t(p.tokens) * p.dims);
+    for (int t = 0; t < p.tokens; ++t) {
+      decay_.push_back(0.97f - 0.2f * float(t % 3));
+      beta_.push_back(0.1f + 0.1f * float(t % 8));
+    }
+    from_ = noise(4, int64_t(p.dims) * p.width);
+  }
+
+  /** In calls of at most `most` tokens and `rows` rows. */
+  std::pair<std::vector<float>, std::vector<float>> run(int most, int rows) const {
+    const auto& p = GetParam();
+    std::vector<float> y(v_.size(), -1.f), state(int64_t(p.dims) * p.width, -1.f);
+    for (int row = 0; row < p.dims; row += rows) {
+      cpu::DeltaHead s;
+      s.qk_stride = s.width = p.width;
+      s.v_stride = s.y_stride = p.dims;
+      s.step_stride = 1;
+      s.dims = std::min(rows, p.dims - row);
+      s.state = state.data() + int64_t(row) * p.width;
+      s.from = p.from ? from_.data() + int64_t(row) * p.width : nullptr;
+      for (int at = 0; at < p.tokens; at += most) {
+        s.tokens = std::min(most, p.tokens - at);
+        s.q = q_.data() + int64_t(at) * p.width;
+        s.k = k_.data() + int64_t(at) * p.width;
+        s.v = v_.data() + int64_t(at) * p.dims + row;
+        s.y = y.data() + int64_t(at) * p.dims + row;
+        s.decay = decay_.data() + at;
+        s.beta = beta_.data() + at;
+        cpu::isa().delta(s);
+        s.from = s.state;
+      }
+    }
+    return {y, state};
+  }
+
+  std::vector<float> q_, k_, v_, decay_, beta_, from_;
+};
+
+TEST_P(Delta, IsTheRecurrence) {
+  const auto& p = GetParam();
+  const auto [y, state] = run(p.tokens, p.dims);
+  for (int d = 0; d < p.dims; ++d) {
+    std::vector<double> held(p.width, 0.);
+    for (int n = 0; n < p.width && p.from; ++n) held[n] = from_[int64_t(d) * p.width + n];
+    for (int t = 0; t < p.tokens; ++t) {
+      const int64_t at = int64_t(t) * p.width;
+      double seen = 0, answer = 0;
+      for (int n = 0; n < p.width; ++n) {
+        held[n] *= decay_[t];
+        seen += held[n] * k_[at + n];
+      }
+      const double add = (v_[int64_t(t) * p.dims + d] - seen) * beta_[t];
+      for (int n = 0; n < p.width; ++n) {
+        held[n] += k_[at + n] * add;
+        answer += held[n] * q_[at + n];
+      }
+      EXPECT_NEAR(y[int64_t(t) * p.dims + d], answer, 1e-5) << "token " << t << " row " << d;
+    }
+    for (int n = 0; n < p.width; ++n) EXPECT_NEAR(state[int64_t(d) * p.width + n], held[n], 1e-5) << "column " << n;
+  }
+}
+
+TEST_P(Delta, GivesTheSameBitsInPieces) {
+  const auto whole = run(GetParam().tokens, GetParam().dims);
+  for (const int most : {1, 2, 16}) {
+    for (const int rows : {1, 4}) EXPECT_EQ(run(most, rows), whole) << "pieces of " << most << " tokens, " << rows << " rows";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, Delta,
+                         testing::Values(DeltaCase{1, 64, 128, true}, DeltaCase{37, 5, 16, false}, DeltaCase{19, 3, 7, true},
+                                         DeltaCase{21, 9, 100, true}, DeltaCase{9, 4, 64, false}, DeltaCase{9, 6, 96, true},
+                                         DeltaCase{33, 5, 192, true}, DeltaCase{8, 3, 256, false}, DeltaCase{1, 1, 1, false}));
+
+TEST(Gates, MultiplyRows) {
+  for (const int count : {1, 15, 16, 37}) {
+    const auto gate = noise(1, count, 30.f), x = noise(2, count);
+    std::vector<float> out(count), open(count), product(count);
+    cpu::isa().sigmoid_mul(gate.data(), x.data(), out.data(), count);
+    cpu::isa().sigmoid_mul(gate.data(), nullptr, open.data(), count);
+    cpu::isa().multiply(gate.data(), x.data(), product.data(), count);
+    for (int i = 0; i < count; ++i) {
+      const double wanted = 1 / (1 + std::exp(-double(gate[i])));
+      EXPECT_NEAR(open[i], wanted, 1e-6);
+      EXPECT_NEAR(out[i], wanted * x[i], 1e-6);
+      EXPECT_EQ(product[i], gate[i] * x[i]);
+    }
+  }
+}
+
 struct Latent {
   static constexpr int heads = 3, latent = 40, more = 12, keys = 1200;
-  std::vector<float> q, k = noise(5, keys* latent), r = noise(6, keys* more);
+  std::vector<float> q, k = noise(5, keys*latent), r = noise(6, keys*more);
 
   explicit Latent(int tokens) : q(noise(7, int64_t(tokens) * heads * (latent + more))) {}
   cpu::LatentAttention call(int first, int count, int visible, int window, std::vector<float>& out) const {

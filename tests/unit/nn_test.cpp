@@ -426,5 +426,29 @@ TEST(SsmScan, NarrowActivations) {
   }
 }
 
+// ---- gated delta rule ----------------------------------------------------------------------------------------------
+
+TEST(GatedDelta, KernelAndOperationsAgree) {
+  for (const auto& [length, groups, width] : {std::array{1, 1, 7}, {9, 2, 64}, {5, 4, 40}}) {
+    constexpr int batch = 2, heads = 4, dims = 35;
+    for (const auto dtype : {mx::float32, mx::float16}) {
+      const auto small = [&](int seed) {
+        return mx::astype(mx::multiply(random(seed, {batch, length, groups, width}), mx::array(0.1f)), dtype);
+      };
+      const auto q = small(1), k = small(2), v = mx::astype(random(3, {batch, length, heads, dims}), dtype);
+      const auto decay = mx::sigmoid(random(4, {batch, length, heads})), beta = mx::sigmoid(random(5, {batch, length, heads}));
+      const auto state = random(6, {batch, heads, dims, width}, mx::float32);
+      for (const bool with_state : {false, true}) {
+        const auto before = with_state ? std::optional(state) : std::nullopt;
+        const auto got = nn::gated_delta(q, k, v, decay, beta, before), wanted = nn::gated_delta_by_ops(q, k, v, decay, beta, before);
+        EXPECT_EQ(got[0].dtype(), dtype);
+        EXPECT_EQ(got[1].dtype(), mx::float32);
+        EXPECT_TRUE(near(got[0], values_of(wanted[0]), dtype == mx::float32 ? 1e-5 : 2e-3, 1e-3));
+        EXPECT_TRUE(near(got[1], values_of(wanted[1]), 1e-5, 1e-4));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace mlxlm::tests

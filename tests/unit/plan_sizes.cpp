@@ -38,6 +38,10 @@ TEST(Summary, WindowsAndStatesAreFixed) {
   const auto gemma = summarize(built("gemma3_text"));  // layers 2 and 5 are global
   EXPECT_EQ(gemma.cache_values_per_token, 2 * 2 * 32);
   EXPECT_EQ(gemma.cache_values_fixed, 4 * 8 * 2 * 32);
+  const auto delta = summarize(built("qwen3_next"));
+  EXPECT_EQ(delta.cache_values_per_token, 2 * 2 * 2 * 32);
+  EXPECT_EQ(delta.cache_values_fixed, 2 * (3 * (2 * 2 * 24 + 4 * 16) + 4 * 16 * 24));
+  EXPECT_EQ(summarize(built("lfm2")).cache_values_fixed, 3 * 2 * 64);
   const auto hybrid = summarize(built("nemotron_h"));
   EXPECT_EQ(hybrid.cache_values_per_token, 2 * 2 * 32);
   EXPECT_EQ(hybrid.cache_values_fixed, 2 * (3 * (64 + 2 * 2 * 16) + 64 * 16));
@@ -61,6 +65,10 @@ TEST(Summary, ReleasedModels) {
       {R"({"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "num_attention_heads": 9,
            "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "vocab_size": 49152, "tie_word_embeddings": true})",
        134515008},
+      {R"({"model_type": "lfm2", "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 8, "norm_eps": 1e-5,
+           "block_dim": 1024, "block_ff_dim": 6656, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": true,
+           "conv_L_cache": 3, "conv_bias": false, "full_attn_idxs": [2, 5, 8, 10, 12, 14], "vocab_size": 65536})",
+       354483968},
       {R"({"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
            "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5, "vocab_size": 128256, "tie_word_embeddings": true})",
        1235814400},

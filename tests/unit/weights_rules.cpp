@@ -68,16 +68,18 @@ TEST(WeightRules, RenameTakesAsLittleAsItCan) {
 
 TEST(WeightRules, RenameOntoAnother) {
   Tensors tensors = {{"a.w", number(1)}, {"b.w", number(2)}};
-  expect_error(Code::bad_weights, {"b.w: stands for b.w, which is there too"},
-               [&] { apply_rules(tensors, with({{Rule::rename, "a.*", "b.*"}})); });
+  expect_error(Code::bad_weights, {"b.w: stands for b.w, which is there too"}, [&] {
+    apply_rules(tensors, with({{Rule::rename, "a.*", "b.*"}}));
+  });
 }
 
 TEST(WeightRules, StripPrefix) {
   const auto got = applied({{"model.a", number(1)}, {"b.model.c", number(2)}}, {Rule::strip_prefix, "model."});
   EXPECT_EQ(names(got), (Names{"a", "b.model.c"}));
   Tensors both = {{"model.a", number(1)}, {"a", number(2)}};
-  expect_error(Code::bad_weights, {"model.a: stands for a, which is there too"},
-               [&] { apply_rules(both, with({{Rule::strip_prefix, "model."}})); });
+  expect_error(Code::bad_weights, {"model.a: stands for a, which is there too"}, [&] {
+    apply_rules(both, with({{Rule::strip_prefix, "model."}}));
+  });
 }
 
 const Rule stack_experts{Rule::stack, "*.experts.{e}.*", "*.switch_mlp.*"};
@@ -211,6 +213,37 @@ TEST(WeightRules, AbsorbRefuses) {
   refuse({{"weight", mx::zeros({192, 8})}, {"scales", mx::zeros({192, 1})}, {"biases", mx::zeros({192, 1})}}, "rule for *.kv_b_proj.*: ");
 }
 
+TEST(WeightRules, AddOneToPublishedNorms) {
+  const Rule add{Rule::add_one, "*.norm.weight", "*.experts.{e}.w"};
+  const auto stack = with({add, stack_experts});
+  const auto norm = mx::array({0.5f, -1.f}), half = mx::astype(norm, mx::bfloat16);
+  const auto got = applied({{"a.norm.weight", norm}, {"b.norm.weight", half}, {"norm.weight", norm}, {"a.experts.0.w", number(3)}}, stack);
+  EXPECT_TRUE(same(got.at("a.norm.weight"), mx::array({1.5f, 0.f})));
+  EXPECT_TRUE(same(got.at("b.norm.weight"), mx::astype(mx::array({1.5f, 0.f}), mx::bfloat16)));
+  EXPECT_TRUE(same(got.at("norm.weight"), norm));
+  EXPECT_TRUE(same(applied({{"a.norm.weight", norm}}, stack).at("a.norm.weight"), norm));
+  // By a convolution that is still in the other order of axes.
+  const auto conv = with({{Rule::add_one, "*.norm.weight", "*conv1d.weight"}, {Rule::conv_ncl_to_nlc, "*conv1d.weight"}});
+  EXPECT_TRUE(same(applied({{"a.norm.weight", norm}, {"a.conv1d.weight", mx::zeros({2, 1, 4})}}, conv).at("a.norm.weight"),
+                   mx::array({1.5f, 0.f})));
+  EXPECT_TRUE(same(applied({{"a.norm.weight", norm}, {"a.conv1d.weight", mx::zeros({2, 4, 1})}}, conv).at("a.norm.weight"), norm));
+}
+
+TEST(WeightRules, SplitGateUp) {
+  const Rule split{Rule::split_gate_up, "*.experts.gate_up_proj", "*.switch_mlp.{part}.weight"};
+  const auto both = mx::reshape(mx::arange(24), {2, 4, 3});
+  const auto got = applied({{"a.experts.gate_up_proj", both}, {"a.experts.down_proj", number(1)}}, split);
+  EXPECT_EQ(names(got), (Names{"a.experts.down_proj", "a.switch_mlp.gate_proj.weight", "a.switch_mlp.up_proj.weight"}));
+  EXPECT_TRUE(same(got.at("a.switch_mlp.gate_proj.weight"), mx::slice(both, {0, 0, 0}, {2, 2, 3})));
+  EXPECT_TRUE(same(got.at("a.switch_mlp.up_proj.weight"), mx::slice(both, {0, 2, 0}, {2, 4, 3})));
+  for (const auto& bad : {mx::zeros({2, 3, 3}), mx::zeros({4, 3}), mx::zeros({})}) {
+    Tensors tensors = {{"a.experts.gate_up_proj", bad}};
+    expect_error(Code::bad_weights, {"wanted three axes, the second even"}, [&] { apply_rules(tensors, with({split})); });
+  }
+  Tensors twice = {{"a.experts.gate_up_proj", both}, {"a.switch_mlp.up_proj.weight", number(1)}};
+  expect_error(Code::bad_weights, {"stands beside its parts"}, [&] { apply_rules(twice, with({split})); });
+}
+
 TEST(WeightRules, HostileNamesAreFast) {
   constexpr int length = 100'000;
   Tensors tensors;
@@ -222,9 +255,10 @@ TEST(WeightRules, HostileNamesAreFast) {
     tensors.emplace(name + ".weight_scale_inv", number(0));
   }
   auto model = mla_model(0);
-  for (auto rule :
-       {Rule{Rule::drop, "*a*b*c*d*"}, Rule{Rule::rename, "*.experts.*.experts.*!", "*1*2*3"}, Rule{Rule::stack, "*.experts.{e}.*!", "*.*"},
-        Rule{Rule::stack, "*{e}*{e}*{e}!", "***"}, Rule{Rule::conv_ncl_to_nlc, "*0*0*0*1"}, Rule{Rule::dequant_blocks, "*.weight"}}) {
+  for (auto rule : {Rule{Rule::drop, "*a*b*c*d*"}, Rule{Rule::rename, "*.experts.*.experts.*!", "*1*2*3"},
+                    Rule{Rule::stack, "*.experts.{e}.*!", "*.*"}, Rule{Rule::stack, "*{e}*{e}*{e}!", "***"},
+                    Rule{Rule::add_one, "*", "*.experts.*.experts.*!"}, Rule{Rule::split_gate_up, "*.experts.*.experts.*!", "*.*.*{part}"},
+                    Rule{Rule::conv_ncl_to_nlc, "*0*0*0*1"}, Rule{Rule::dequant_blocks, "*.weight"}}) {
     model.rules.push_back(rule);
   }
   const auto start = std::chrono::steady_clock::now();

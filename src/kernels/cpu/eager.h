@@ -91,6 +91,9 @@ void eager_attention(const std::vector<EagerAttention>& sequences, const Attenti
 /** One row as mx::quantize lays it out: dims * bits / 8 bytes, and a scale and a bias a group (32, 64 or 128) in `storage`. */
 void quantize_row(const float* x, int dims, int bits, int group, Storage storage, uint8_t* packed, void* scales, void* biases);
 
+/** Heads of the gated delta rule, all of as many rows: head_of(i) for i in [0, heads), in parallel over heads and rows. */
+void eager_delta(int heads, int dims, const std::function<DeltaHead(int head)>& head_of);
+
 /** body(chunk) for chunk in [0, chunks) on the pool. */
 void in_parallel(int chunks, const std::function<void(int)>& body);
 

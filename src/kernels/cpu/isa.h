@@ -95,6 +95,17 @@ struct ScanHead {
   int tokens = 0, dims = 0, width = 0;
 };
 
+/** Tokens of some rows of one head of the gated delta rule, state [dims][width]: state = decay * state; state += beta * (v - state k) (x)
+ * k; y = state q. */
+struct DeltaHead {
+  const float *q = nullptr, *k = nullptr, *v = nullptr;  // rows of tokens: [width], [width], [dims]
+  const float *decay = nullptr, *beta = nullptr;         // one a token
+  int64_t qk_stride = 0, v_stride = 0, step_stride = 0, y_stride = 0;
+  const float* from = nullptr;  // null = zeros; may be `state`
+  float *state = nullptr, *y = nullptr;
+  int tokens = 0, dims = 0, width = 0;
+};
+
 struct Isa {
   const char* name;
   bool uses_digits;
@@ -119,11 +130,14 @@ struct Isa {
   void (*store)(const float* from, Storage storage, void* to, int64_t count);
   void (*rms_norm)(const float* x, const float* weight, float eps, int dims, float* out);  // weight may be null
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);         // up may be null
+  void (*sigmoid_mul)(const float* gate, const float* x, float* out, int64_t count);       // x may be null
+  void (*multiply)(const float* a, const float* b, float* out, int64_t count);
   void (*gelu_tanh_mul)(const float* gate, const float* up, float* out, int64_t count);
   float (*row_max)(const float* x, int64_t count);
   /** out = exp(x - shift), 0 where that is below the normal numbers; returns their sum. */
   float (*exps)(const float* x, float shift, int64_t count, float* out);
   void (*scan)(const ScanHead& s);
+  void (*delta)(const DeltaHead& s);
   /** out[c] = bias[c] + sum of rows[t][c] * weight[t][c] for c in [from, to); weight [taps][channels], bias may be null. */
   void (*convolve)(const float* const* rows, const float* weight, const float* bias, int taps, int64_t from, int64_t to, int64_t channels,
                    float* out);

@@ -351,6 +351,7 @@ void attention_kernel(const AttentionTile& t) {
 
 #include "kernels/cpu/isa_attention.inl"
 #include "kernels/cpu/isa_scan.inl"
+#include "kernels/cpu/isa_delta.inl"
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -437,6 +438,16 @@ void silu_mul_kernel(const float* gate, const float* up, float* out, int64_t cou
   gated(gate, up, out, count, [](F g) { return g / (vexp(-g) + 1.f); });
 }
 
+void sigmoid_mul_kernel(const float* gate, const float* x, float* out, int64_t count) {
+  gated(gate, x, out, count, [](F g) { return 1.f / (vexp(-g) + 1.f); });
+}
+
+void multiply_kernel(const float* a, const float* b, float* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(out + i, load(a + i) * load(b + i));
+  for (; i < count; ++i) out[i] = a[i] * b[i];
+}
+
 void gelu_tanh_mul_kernel(const float* gate, const float* up, float* out, int64_t count) {
   gated(gate, up, out, count, [](F g) {
     const F z = 0.7978845608f * (g + 0.044715f * g * g * g);
@@ -451,8 +462,8 @@ void gelu_tanh_mul_kernel(const float* gate, const float* up, float* out, int64_
 const Isa& MLXLM_ISA_FUNCTION() {
   static constexpr Isa table = {MLXLM_ISA_NAME,   has_digits,           panel_kernel,    make_digits_kernel, group_sums_kernel, dense_kernel,
                                 attention_kernel, attention_block_kernel, merge_rows_kernel, rope_kernel, add_scaled_kernel, dequantize_kernel, load_kernel,
-                                store_kernel,     rms_norm_kernel,  silu_mul_kernel, gelu_tanh_mul_kernel,
-                                row_max_kernel,   exps_kernel,      scan_kernel,     convolve_kernel};
+                                store_kernel,     rms_norm_kernel,  silu_mul_kernel, sigmoid_mul_kernel, multiply_kernel, gelu_tanh_mul_kernel,
+                                row_max_kernel,   exps_kernel,      scan_kernel,     delta_kernel,    convolve_kernel};
   return table;
 }
 

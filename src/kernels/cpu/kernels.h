@@ -86,6 +86,11 @@ mx::array attention(const mx::array& q, const QuantizedRows& k, const QuantizedR
 /** [B,K,S,dims] in the scales' dtype; by MLX where the CPU kernels do not run. */
 mx::array dequantize(const QuantizedRows& rows);
 
+/** The gated delta rule over float32, row contiguous arrays: q, k [B,L,G,E], v [B,L,H,F], decay and beta [B,L,H], state [B,H,F,E] or none
+ * -> {y [B,L,H,F], new state}. */
+std::vector<mx::array> gated_delta(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& decay,
+                                   const mx::array& beta, const std::optional<mx::array>& state);
+
 /** [B, V] -> int32 [B]: the first of the largest. */
 mx::array argmax(const mx::array& logits);
 /** [B, V] -> float32 [B, V]: logits minus the logarithm of their exponentials' sum. */
