@@ -15,7 +15,10 @@ SHARE = "% of read bandwidth"  # beside "decode": weights read a second, against
 
 def output_of(command, env=None):
     """What the command prints on stdout."""
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+    except OSError as error:
+        sys.exit(f"error: {command[0]}: {error.strerror}")
     if done.returncode:
         sys.exit(f"error: {' '.join(map(str, command))}: exit status {done.returncode}\n{done.stderr[-2000:]}")
     return done.stdout

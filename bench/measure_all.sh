@@ -119,9 +119,15 @@ save() {
 }
 
 [ $# -gt 0 ] || set -- "${all[@]}"
+failed=()
 for name in "$@"; do
+  if [ $# -gt 1 ]; then # a process each: one that fails does not keep the others from running
+    bench/measure_all.sh --rounds "$rounds" "$name" || failed+=("$name")
+    continue
+  fi
   start=$SECONDS
   printf '\n== %s\n' "$name"
   section "$name"
   printf '== %s: %d s\n' "$name" $((SECONDS - start))
 done
+[ ${#failed[@]} -eq 0 ] || { echo "error: failed: ${failed[*]}" >&2 && exit 1; }
