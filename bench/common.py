@@ -16,7 +16,7 @@ SHARE = "% of read bandwidth"  # beside "decode": weights read a second, against
 def output_of(command, env=None):
     """What the command prints on stdout."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     except OSError as error:
         sys.exit(f"error: {command[0]}: {error.strerror}")
     if done.returncode:
@@ -74,7 +74,7 @@ def run_llama(args, tool, model, *flags):
 def alternate(name, args, contenders, works, about):
     """Runs each work on each contender in turn, round after round. A work is a function of the contender's name that returns its rates. Each round
     of a contender is a line of JSON, the last line the medians, which are printed as a table too."""
-    stamp = datetime.datetime.now(datetime.timezone.utc)
+    stamp = datetime.datetime.now(datetime.UTC)
     output = args.output or pathlib.Path(__file__).parent / "results" / f"{name}-{stamp:%Y%m%d-%H%M}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
     about = {**about, "threads": args.threads, "cpu": cpu_name(), "date": f"{stamp:%Y-%m-%d}"}

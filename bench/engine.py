@@ -5,7 +5,16 @@ tokens after a prompt of 32. Prints medians and ratios; each round is a line of 
 import argparse
 import os
 
-from common import add_arguments, add_llama_cpp, alternate, json_lines, output_of, peers_of, read_once, run_llama
+from common import (
+    add_arguments,
+    add_llama_cpp,
+    alternate,
+    json_lines,
+    output_of,
+    peers_of,
+    read_once,
+    run_llama,
+)
 
 OURS = "mlx-lm.cpp"
 SEQUENCES, PROMPT, ANSWER = (1, 8, 32), 32, 64  # those of bench_engine's throughput

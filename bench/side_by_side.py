@@ -7,7 +7,18 @@ together (total). Every work is run by each contender before the next one. Each 
 """
 import argparse
 
-from common import SHARE, add_arguments, add_llama_cpp, alternate, files_of, json_lines, output_of, peers_of, read_once, run_llama
+from common import (
+    SHARE,
+    add_arguments,
+    add_llama_cpp,
+    alternate,
+    files_of,
+    json_lines,
+    output_of,
+    peers_of,
+    read_once,
+    run_llama,
+)
 
 OURS = "mlx-lm.cpp"
 

@@ -422,7 +422,7 @@ def write_gguf(c, path, kind_of_matrices):
     for name, to, kind, shape in matrices(c):
         if not to:
             continue
-        to += "" if to.endswith(".bias") or to.endswith(("ssm_a", "ssm_d")) else ".weight"
+        to += "" if to.endswith((".bias", "ssm_a", "ssm_d")) else ".weight"
         if kind == "matrix":
             size = math.prod(shape) // block_values * block_bytes
             writer.add_tensor_info(to, shape, np.dtype(np.float32), size, raw)
