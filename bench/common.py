@@ -11,12 +11,15 @@ import sys
 import time
 
 SHARE = "% of read bandwidth"  # beside "decode": weights read a second, against what this machine reads from memory
+LIMIT_S = 900  # for one process; a machine that takes longer measures nothing
 
 
 def output_of(command, env=None):
     """What the command prints on stdout."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"error: {' '.join(map(str, command))}: not done after {LIMIT_S} s")
     except OSError as error:
         sys.exit(f"error: {command[0]}: {error.strerror}")
     if done.returncode:
