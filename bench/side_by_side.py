@@ -1,126 +1,98 @@
 #!/usr/bin/env python3
 """Alternates this program and llama.cpp on the same model, and prints medians and ratios. Called by side_by_side.sh (./dev bench).
 
-A round runs each of: this program on the file, llama.cpp on the same file, llama.cpp on a Q4_0 copy (its fastest 4-bit format). Both report
-tokens/s themselves: prefill of --prefill tokens, decode of --decode tokens after a short prompt, the same after --context tokens, and --sequences
-sequences decoding together (total). Each round is one line of JSON in --output, the last line the medians.
+Contenders are this program on --model, and llama.cpp on each --peer: the same file, or one in another format. Both report tokens/s themselves:
+prefill of --prefill tokens, decode of --decode tokens after a short prompt, the same after --context tokens, and --sequences sequences decoding
+together (total). Every work is run by each contender before the next one. Each round is a line of JSON in --output, the last line the medians.
 """
 import argparse
-import datetime
-import json
-import os
-import pathlib
-import platform
-import re
-import statistics
-import subprocess
-import sys
+
+from common import (
+    SHARE,
+    add_arguments,
+    add_llama_cpp,
+    alternate,
+    files_of,
+    json_lines,
+    output_of,
+    peers_of,
+    read_once,
+    run_llama,
+)
+
+OURS = "mlx-lm.cpp"
 
 
-def output_of(command, env=None):
-    """What the command prints on stdout."""
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        sys.exit(f"error: {' '.join(map(str, command))}: exit status {done.returncode}\n{done.stderr[-2000:]}")
-    return done.stdout
+class Contenders:
+    def __init__(self, args):
+        self.args, self.peers, self.read_bandwidth = args, peers_of(args), None
 
+    def ours(self, prompt, tokens, *flags, sequences=1):
+        args = self.args
+        cache = ["--kv-bits", str(args.kv_bits)] if args.kv_bits else []
+        return json_lines(output_of([args.program, "benchmark", "--model", args.model, "-p", str(prompt), "-g", str(tokens), "-b", str(sequences), "-n",
+                                     "1", "--threads", str(args.threads), "--cpu-precision", args.cpu_precision, "--json", *cache, *flags]))[-1]
 
-def ours(args, prompt, tokens, sequences=1):
-    cache = ["--kv-bits", str(args.kv_bits)] if args.kv_bits else []
-    text = output_of([args.program, "benchmark", "--model", args.model, "-p", str(prompt), "-g", str(tokens), "-b", str(sequences), "-n", "1",
-                      "--threads", str(args.threads), "--cpu-precision", args.cpu_precision, "--json", *cache])
-    result = json.loads(text)
-    return {kind: result[kind + "_tps"][0] for kind in ("prompt", "generation")}
+    def llama(self, name, *flags):
+        cache = ["-fa", "1", "-ctk", "q8_0", "-ctv", "q8_0"] if self.args.kv_bits else []
+        return run_llama(self.args, "llama-bench", self.peers[name], "-r", "1", "-o", "jsonl", *cache, *flags)[-1]["avg_ts"]
 
+    def prefill(self, name, count):
+        if name == OURS:
+            return {f"prefill {count}": self.ours(count, 1)["prompt_tps"][0]}
+        warm_up = ["--no-warmup"] if count >= 1024 else []  # it would take as long again
+        return {f"prefill {count}": self.llama(name, "-p", count, "-n", 0, *warm_up)}
 
-def measure_ours(args):
-    rates = {f"prefill {count}": ours(args, count, 1)["prompt"] for count in args.prefill}
-    rates["decode"] = ours(args, 4, args.decode)["generation"]
-    for count in args.context:
-        rates[f"decode after {count}"] = ours(args, count, args.decode)["generation"]
-    for count in args.sequences:
-        rates[f"{count} sequences"] = ours(args, 16, args.decode, count)["generation"]
-    return rates
+    def decode(self, name):
+        if name == OURS:
+            result = self.ours(4, self.args.decode, *(["--bandwidth"] if self.args.bandwidth else []))
+            rate, weights, self.read_bandwidth = result["generation_tps"][0], result["weight_bytes"], result.get("read_bandwidth_gb_s")
+        else:
+            rate = self.llama(name, "-p", 0, "-n", self.args.decode)
+            weights = sum(file.stat().st_size for file in files_of(self.peers[name]))
+        share = {SHARE: 100 * rate * weights / 1e9 / self.read_bandwidth} if self.args.bandwidth else {}
+        return {"decode": rate, **share}
 
+    def decode_after(self, name, count):
+        kind = f"decode after {count}"
+        if name == OURS:
+            return {kind: self.ours(count, self.args.decode)["generation_tps"][0]}
+        return {kind: self.llama(name, "-p", 0, "-n", self.args.decode, "-d", count)}
 
-def bench_llama(args, model, *flags):
-    """Rate of the last test of the call."""
-    text = output_of([args.llama_cpp / "llama-bench", "-m", model, "-t", str(args.threads), "-r", "1", "-o", "jsonl", *flags], llama_env(args))
-    return [json.loads(line)["avg_ts"] for line in text.splitlines() if line.startswith("{")][-1]
-
-
-def llama_env(args):
-    return dict(os.environ, LD_LIBRARY_PATH=str(args.llama_cpp))
-
-
-def measure_llama(args, model):
-    rates = {f"prefill {count}": bench_llama(args, model, "-p", str(count), "-n", "0") for count in args.prefill}
-    rates["decode"] = bench_llama(args, model, "-p", "0", "-n", str(args.decode))
-    cache = ["-fa", "1", "-ctk", "q8_0", "-ctv", "q8_0"] if args.kv_bits else []
-    for count in args.context:
-        rates[f"decode after {count}"] = bench_llama(args, model, "-p", "0", "-n", str(args.decode), "-d", str(count), *cache)
-    for count in args.sequences:
-        text = output_of([args.llama_cpp / "llama-batched-bench", "-m", model, "-c", str(count * (args.decode + 32)), "-npp", "16", "-ntg", str(args.decode),
-                          "-npl", str(count), "-t", str(args.threads), "--output-format", "jsonl"], llama_env(args))
-        rates[f"{count} sequences"] = [json.loads(line)["speed_tg"] for line in text.splitlines() if line.startswith("{")][-1]
-    return rates
-
-
-def cpu_name():
-    try:
-        return re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
+    def sequences(self, name, count):
+        kind, args = f"{count} sequences", self.args
+        if name == OURS:
+            return {kind: self.ours(16, args.decode, sequences=count)["generation_tps"][0]}
+        cache = ["-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"] if args.kv_bits else []
+        return {kind: run_llama(args, "llama-batched-bench", self.peers[name], "-c", count * (args.decode + 32), "-npp", 16, "-ntg", args.decode,
+                                "-npl", count, "--output-format", "jsonl", *cache)[-1]["speed_tg"]}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", required=True)
-    parser.add_argument("--llama-cpp", required=True, type=pathlib.Path, help="folder of llama-bench and llama-batched-bench")
-    parser.add_argument("--model", required=True, help="a GGUF file that both read, or see --peer-model")
-    parser.add_argument("--model-q4-0", help="the same in llama.cpp's fastest format")
-    parser.add_argument("--peer-model", help="what llama.cpp reads when it cannot read --model")
+    parser.add_argument("--program", default="build/mlx-lm")
+    parser.add_argument("--model", required=True, help="a folder or a GGUF file")
+    add_llama_cpp(parser)
     parser.add_argument("--name", default="SmolLM2-135M, 4 bit", help="of the model, for the title")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefill", type=int, nargs="*", default=[32, 512, 2048], metavar="TOKENS")
     parser.add_argument("--decode", type=int, default=64, metavar="TOKENS")
-    parser.add_argument("--context", type=int, nargs="*", default=[4096], metavar="TOKENS", help="decode after so many")
-    parser.add_argument("--kv-bits", type=int, choices=[8], help="quantized caches on both sides (decode after --context only for llama.cpp)")
-    parser.add_argument("--sequences", type=int, nargs="*", default=[8, 32])
+    parser.add_argument("--bandwidth", action="store_true", help="also the share of the read bandwidth that decoding reaches, where all weights are read")
+    parser.add_argument("--context", type=int, nargs="*", default=[], metavar="TOKENS", help="decode after so many")
+    parser.add_argument("--context-only", action="store_true", help="no decode after a short prompt")
+    parser.add_argument("--kv-bits", type=int, choices=[8], help="quantized caches on both sides (llama.cpp: q8_0, with flash attention)")
+    parser.add_argument("--sequences", type=int, nargs="*", default=[])
     parser.add_argument("--cpu-precision", default="default")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=pathlib.Path, help="default: bench/results/side_by_side-DATE.jsonl")
+    add_arguments(parser)
     args = parser.parse_args()
-    stamp = datetime.datetime.now(datetime.timezone.utc)
-    output = args.output or pathlib.Path(__file__).parent / "results" / f"side_by_side-{stamp:%Y%m%d-%H%M}.jsonl"
-    output.parent.mkdir(parents=True, exist_ok=True)
-
-    machine = {"date": f"{stamp:%Y-%m-%d}", "cpu": cpu_name(), "threads": args.threads, "model": args.name, "decode_tokens": args.decode, "kv_bits": args.kv_bits,
-               "cpu_precision": args.cpu_precision}
-    contenders = {"mlx-lm.cpp": lambda: measure_ours(args), "llama.cpp": lambda: measure_llama(args, args.peer_model or args.model)}
-    if args.model_q4_0:
-        contenders["llama.cpp Q4_0"] = lambda: measure_llama(args, args.model_q4_0)
-    rounds = {name: [] for name in contenders}
-    with output.open("w") as file:
-        for number in range(args.rounds + 1):
-            for name, measure in contenders.items():
-                rates = measure()
-                if number:  # the first round warms up the file cache
-                    rounds[name].append(rates)
-                    file.write(json.dumps({"round": number, "contender": name, **rates, **machine}) + "\n")
-            print(f"round {number} of {args.rounds}" if number else "warm-up", file=sys.stderr)
-        kinds = list(next(iter(rounds.values()))[0])
-        medians = {name: {kind: statistics.median(r[kind] for r in rates) for kind in kinds} for name, rates in rounds.items()}
-        file.write(json.dumps({"medians": medians, **machine}) + "\n")
-
-    print(f"{machine['cpu']}, {args.threads} threads; {args.name}; medians of {args.rounds} alternated rounds, tokens/s")
-    print("\n| | " + " | ".join(kinds) + " |\n|---" + "|---" * len(kinds) + "|")
-    for name, rates in medians.items():
-        print(f"| {name} | " + " | ".join(f"{rates[kind]:.{0 if rates[kind] >= 100 else 1}f}" for kind in kinds) + " |")
-    us = medians["mlx-lm.cpp"]
-    for name, rates in list(medians.items())[1:]:
-        print(f"| ratio to {name} | " + " | ".join(f"{us[kind] / rates[kind]:.2f}" for kind in kinds) + " |")
-    print(f"\nAll rounds: {output}")
+    contenders = Contenders(args)
+    works = [lambda name, count=count: contenders.prefill(name, count) for count in args.prefill]
+    if not args.context_only:
+        works.append(contenders.decode)
+    works += [lambda name, count=count: contenders.decode_after(name, count) for count in args.context]
+    works += [lambda name, count=count: contenders.sequences(name, count) for count in args.sequences]
+    read_once([args.model, *contenders.peers.values()])
+    about = {"model": args.name, "decode_tokens": args.decode, "kv_bits": args.kv_bits, "cpu_precision": args.cpu_precision}
+    alternate("side_by_side", args, [OURS, *contenders.peers], works, about)
 
 
 if __name__ == "__main__":

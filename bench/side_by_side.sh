@@ -24,4 +24,4 @@ if [ ! -f "$model_q4_0" ]; then
   mv "$model_q4_0.partial" "$model_q4_0"
 fi
 exec python3 bench/side_by_side.py --program "$build/mlx-lm" --llama-cpp "$peer/build/bin" --model "$model" \
-  --model-q4-0 "$model_q4_0" "$@"
+  --peer "llama.cpp=$model" --peer "llama.cpp Q4_0=$model_q4_0" --bandwidth --sequences 8 32 "$@"

@@ -24,7 +24,7 @@ PROMPTS = {
 def generate(args, flags):
     command = [args.program, "generate", *(["--model", args.model] if args.model else []), "--max-tokens", str(args.max_tokens), "--temp", "0",
                "--json", *(["--threads", str(args.threads)] if args.threads else []), *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"error: {' '.join(command)}: exit status {done.returncode}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)

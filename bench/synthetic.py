@@ -1,8 +1,13 @@
-"""Writes a model of a real shape with random weights, to measure with: a folder for mlx-lm (safetensors, 4 bits), or the same shape as GGUF for
-llama.cpp (Q4_0). Needs numpy, and the gguf package for --gguf.
+#!/usr/bin/env python3
+"""Writes a model of a real shape with random weights, to measure with where no weights can be installed: a folder that mlx-lm reads
+(safetensors: quantized, or dense with --dense), or the same shape as a GGUF file (--gguf). The tokenizer has a token a byte.
 
-    python3 bench/synthetic.py qwen3_moe /tmp/qwen3_moe [--group 64] [--set num_hidden_layers=4]
-    python3 bench/synthetic.py qwen3_moe /tmp/qwen3_moe.gguf --gguf
+    python3 bench/synthetic.py SHAPE OUT [--bits 4 --group-size 32] [--set num_hidden_layers=4]
+    python3 bench/synthetic.py SHAPE OUT --dense bf16
+    python3 bench/synthetic.py SHAPE OUT.gguf --gguf q4_0
+
+Every matrix has the format that is named, the embedding too. The weights repeat themselves after some million values: what is measured does not
+depend on them. One tensor at a time is in memory. Needs numpy, and the gguf package for --gguf.
 """
 import argparse
 import json
@@ -13,11 +18,14 @@ import struct
 import numpy as np
 
 ROPE = {"rope_theta": 10000.0, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
+LLAMA_3 = {"rope_theta": 500000.0, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
 SHAPES = {
-    "llama_1b": {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True, **ROPE},
-    "llama_3b": {"model_type": "llama", "hidden_size": 3072, "num_hidden_layers": 28, "intermediate_size": 8192, "num_attention_heads": 24,
-                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": True, **ROPE},
+    "llama-1b": {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True, **LLAMA_3},
+    "llama-3b": {"model_type": "llama", "hidden_size": 3072, "num_hidden_layers": 28, "intermediate_size": 8192, "num_attention_heads": 24,
+                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": True, **LLAMA_3},
+    "smollm2": {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "num_attention_heads": 9,
+                "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True, **ROPE},
     "qwen3_moe": {"model_type": "qwen3_moe", "hidden_size": 1024, "num_hidden_layers": 12, "intermediate_size": 2048, "moe_intermediate_size": 512,
                   "num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
                   "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32768, "tie_word_embeddings": False, **ROPE},
@@ -196,7 +204,10 @@ LAYERS = {"llama": llama_layer, "qwen3_moe": qwen3_moe_layer, "nemotron_h": nemo
 BARE = ("dt_bias", "A_log", "mixer.D", "conv1d.bias", "e_score_correction_bias")  # parameters, not modules with a weight
 
 
-def vector(name, shape, random):
+def small(name, kind, shape, random):
+    """What is neither quantized nor large."""
+    if kind != "vector":
+        return random.normal(0, 1 / math.sqrt(shape[1]), shape)
     if name.endswith("A_log"):
         return np.log(random.uniform(1, 16, shape))
     if name.endswith("dt_bias"):
@@ -212,23 +223,66 @@ class Safetensors:
     def __init__(self):
         self.header, self.makers, self.at = {}, [], 0
 
-    def add(self, name, kind, shape, item, make):
-        size = math.prod(shape) * item
+    def add(self, name, kind, shape, make):
+        size = math.prod(shape) * {"U32": 4, "BF16": 2, "F16": 2}[kind]
         self.header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [self.at, self.at + size]}
         self.at += size
-        self.makers.append(make)
+        self.makers.append((size, make))
 
     def write(self, path):
         text = json.dumps(self.header).encode()
         text += b" " * (-len(text) % 8)
         with open(path, "wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
-            for make in self.makers:
-                out.write(make().tobytes())
+            for size, make in self.makers:
+                values = make()
+                assert values.nbytes == size, (values.nbytes, size)
+                values.tofile(out)
 
 
 def bf16(x):
     return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+HALF = {"f16": lambda x: np.asarray(x, np.float16), "bf16": bf16}
+
+
+class Weights:
+    """Random values, made once a format and repeated from another place on for every tensor."""
+
+    COUNT = 262139  # blocks; a prime, so that no two rows of a matrix begin alike
+
+    def __init__(self):
+        self.random, self.pools = np.random.default_rng(0), {}
+
+    def take(self, key, make, count):
+        if key not in self.pools:
+            self.pools[key] = make()
+        pool = self.pools[key]
+        start = int(self.random.integers(len(pool)))
+        return np.take(pool, np.arange(start, start + count), axis=0, mode="wrap")
+
+    def blocks(self, kind, shape):
+        """Bytes of a matrix in a format of GGUF, of standard deviation about 1 / sqrt(columns): nothing overflows."""
+        columns = shape[-1]
+        blocks = self.take((kind, columns), lambda: self.make_blocks(kind, columns ** -0.5), math.prod(shape) // 32)
+        return blocks.reshape(*shape[:-1], -1)
+
+    def make_blocks(self, kind, spread):
+        if kind in HALF:
+            return HALF[kind](self.random.standard_normal((self.COUNT, 32), np.float32) * np.float32(spread)).view(np.uint8)
+        codes = self.random.integers(0, 256, (self.COUNT, 32 if kind == "q8_0" else 16), np.uint8)
+        scales = (spread * self.random.uniform(0.8, 1.2, (self.COUNT, 1)) / (74 if kind == "q8_0" else 4.6)).astype(np.float16)
+        parts = [scales, (scales * np.float16(-7.5)), codes] if kind == "q4_1" else [scales, codes]
+        return np.concatenate([part.view(np.uint8) for part in parts], axis=1)
+
+    def words(self, shape):
+        count = math.prod(shape)
+        words = self.take("words", lambda: self.random.integers(0, 1 << 32, (self.COUNT, 16), np.uint32), -(-count // 16))
+        return words.reshape(-1)[:count]
+
+    def scales(self, shape, step):
+        return self.take(("scales", step), lambda: bf16(self.random.uniform(0.8, 1.2, self.COUNT) * step), math.prod(shape))
 
 
 def tokenizer():
@@ -245,28 +299,33 @@ def tokenizer():
                       "fuse_unk": False, "byte_fallback": False, "vocab": letters, "merges": []}}
 
 
-def write_folder(c, folder, group, bits, random):
-    out, quant = Safetensors(), {"group_size": group, "bits": bits, "mode": "affine"}
+def write_folder(c, folder, args):
+    out, weights, quantization = Safetensors(), Weights(), {"group_size": args.group_size, "bits": args.bits, "mode": "affine"}
+    half = HALF[args.dense or "bf16"]
+    stored = (args.dense or "bf16").upper()
     for name, _, kind, shape in matrices(c):
         if not name:
             continue
         leaf = "" if name.endswith(BARE) else ".weight"
         if kind in ("vector", "plain"):
-            make = lambda n=name, k=kind, s=shape: bf16(vector(n, s, random) if k == "vector" else random.normal(0, 1 / math.sqrt(s[1]), s))
-            out.add(name + leaf, "BF16", shape, 2, make)
+            out.add(name + leaf, stored, shape, lambda n=name, k=kind, s=shape: half(small(n, k, s, weights.random)))
             continue
-        b, g = (8, 64) if kind == "router" else (bits, group)
+        if args.dense:
+            out.add(name + leaf, stored, shape, lambda s=shape: weights.blocks(args.dense, s))
+            continue
+        bits, group = (8, 64) if kind == "router" else (args.bits, args.group_size)
         if kind == "router":
-            quant[name] = {"group_size": g, "bits": b}
-        k, spread = shape[-1], 4 / ((1 << b) * math.sqrt(shape[-1]))  # uniform codes with the spread of 1 / sqrt(k)
-        words, groups = (*shape[:-1], k * b // 32), (*shape[:-1], k // g)
-        scales = lambda s=groups, d=spread: random.uniform(0.8, 1.2, s) * d
-        out.add(name + ".weight", "U32", words, 4, lambda s=words: random.integers(0, 1 << 32, s, np.uint32))
-        out.add(name + ".scales", "BF16", groups, 2, lambda f=scales: bf16(f()))
-        out.add(name + ".biases", "BF16", groups, 2, lambda s=groups, d=spread, m=1 << b: bf16(np.full(s, -d * (m - 1) / 2)))
+            quantization[name] = {"group_size": group, "bits": bits}
+        # Uniform codes with the spread of 1 / sqrt(columns).
+        columns, step = shape[-1], 4 / ((1 << bits) * math.sqrt(shape[-1]))
+        words, groups = (*shape[:-1], columns * bits // 32), (*shape[:-1], columns // group)
+        least = -step * ((1 << bits) - 1) / 2
+        out.add(name + ".weight", "U32", words, lambda s=words: weights.words(s))
+        out.add(name + ".scales", "BF16", groups, lambda s=groups, d=step: weights.scales(s, d))
+        out.add(name + ".biases", "BF16", groups, lambda s=groups, d=least: bf16(np.full(s, d)))
     folder.mkdir(parents=True, exist_ok=True)
     out.write(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({**c, "quantization": quant}, indent=1))
+    (folder / "config.json").write_text(json.dumps(c if args.dense else {**c, "quantization": quantization}, indent=1))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer()))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": None}))
 
@@ -279,7 +338,12 @@ def gguf_keys(c, writer):
     writer.add_layer_norm_rms_eps(c.get("layer_norm_epsilon", c["rms_norm_eps"]))
     writer.add_layer_norm_eps(1e-5)
     writer.add_rope_freq_base(c["rope_theta"])
-    writer.add_tokenizer_model("no_vocab")
+    letters = [*tokenizer()["model"]["vocab"], "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(letters + [f"<unused_{i}>" for i in range(c["vocab_size"] - len(letters))])
+    writer.add_token_types([1] * c["vocab_size"])
+    writer.add_token_merges(["a b"])  # llama.cpp wants one
     family, d = c["model_type"], c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
     if family == "nemotron_h":
         kinds = c["hybrid_override_pattern"]
@@ -333,35 +397,45 @@ def gguf_keys(c, writer):
         writer.add_expert_feed_forward_length(c["moe_intermediate_size"])
 
 
-def write_gguf(c, path, random):
+def gguf_vector(c, to, values):
+    """As llama.cpp's converter leaves it."""
+    if to.endswith("ssm_a"):
+        values = -np.exp(values)
+    if c["model_type"] == "nemotron_h" and to.endswith(("ssm_a", "ssm_d")):
+        values = values.reshape(-1, 1)
+    if c["model_type"] == "nemotron_h" and to.endswith("ssm_norm.weight"):
+        values = values.reshape(c["n_groups"], -1)
+    if to.endswith(("ssm_conv1d.weight", "shortconv.conv.weight")):
+        values = values[:, :, 0]
+    if to.endswith("ffn_gate_inp_shexp.weight"):
+        values = values[0]
+    return np.ascontiguousarray(values, np.float32)
+
+
+def write_gguf(c, path, kind_of_matrices):
     import gguf
     family = {"qwen3_moe": "qwen3moe", "deepseek_v3": "deepseek2", "qwen3_next": "qwen3next"}.get(c["model_type"], c["model_type"])
-    writer = gguf.GGUFWriter(str(path), family)
+    writer, weights, makers = gguf.GGUFWriter(str(path), family), Weights(), []
     gguf_keys(c, writer)
+    raw = gguf.GGMLQuantizationType[kind_of_matrices.upper()]
+    block_values, block_bytes = gguf.GGML_QUANT_SIZES[raw]
     for name, to, kind, shape in matrices(c):
         if not to:
             continue
-        to += "" if to.endswith(".bias") or to.endswith(("ssm_a", "ssm_d")) else ".weight"
-        if kind != "matrix":
-            values = vector(name, shape, random) if kind == "vector" else random.normal(0, 1 / math.sqrt(shape[1]), shape)
-            if to.endswith("ssm_a"):
-                values = -np.exp(values)
-            if family == "nemotron_h" and to.endswith(("ssm_a", "ssm_d")):
-                values = values.reshape(-1, 1)
-            if family == "nemotron_h" and to.endswith("ssm_norm.weight"):
-                values = values.reshape(c["n_groups"], -1)
-            if to.endswith(("ssm_conv1d.weight", "shortconv.conv.weight")):
-                values = values[:, :, 0]
-            if to.endswith("ffn_gate_inp_shexp.weight"):
-                values = values[0]
-            writer.add_tensor(to, np.ascontiguousarray(values, np.float32))
-            continue
-        blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // 32, 18), np.uint8)
-        blocks[..., :2] = np.frombuffer(np.float16(4 / (16 * math.sqrt(shape[-1]))).tobytes(), np.uint8)
-        writer.add_tensor(to, blocks.reshape(*shape[:-1], -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+        to += "" if to.endswith((".bias", "ssm_a", "ssm_d")) else ".weight"
+        if kind == "matrix":
+            size = math.prod(shape) // block_values * block_bytes
+            writer.add_tensor_info(to, shape, np.dtype(np.float32), size, raw)
+            makers.append(lambda s=shape: weights.blocks(kind_of_matrices, s))
+        else:
+            values = gguf_vector(c, to, small(name, kind, shape, weights.random))
+            writer.add_tensor_info(to, values.shape, values.dtype, values.nbytes)
+            makers.append(lambda v=values: v)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for make in makers:
+        writer.write_tensor_data(make())
     writer.close()
 
 
@@ -369,17 +443,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--gguf", action="store_true")
-    parser.add_argument("--group", type=int, default=64)
-    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--bits", type=int, default=4, choices=[2, 3, 4, 5, 6, 8])
+    parser.add_argument("--group-size", type=int, default=64, choices=[32, 64, 128])
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--dense", choices=HALF, help="a folder that is not quantized")
+    other.add_argument("--gguf", choices=["q4_0", "q4_1", "q8_0", "f16", "bf16"], help="a GGUF file of this format")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="changes the configuration")
-    a = parser.parse_args()
-    config = {**SHAPES[a.shape], **{k: json.loads(v) for k, v in (s.split("=", 1) for s in a.set)}}
-    random = np.random.default_rng(0)
-    if a.gguf:
-        write_gguf(config, a.out, random)
+    args = parser.parse_args()
+    config = {**SHAPES[args.shape], **{k: json.loads(v) for k, v in (s.split("=", 1) for s in args.set)}}
+    if args.gguf:
+        write_gguf(config, args.out, args.gguf)
     else:
-        write_folder(config, a.out, a.group, a.bits, random)
+        write_folder(config, args.out, args)
 
 
 if __name__ == "__main__":
