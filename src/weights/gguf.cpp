@@ -77,6 +77,14 @@ int64_t source_row(int64_t row, int64_t rows, int64_t heads) {
   return head * per_head + (in_head % half) * 2 + in_head / half;
 }
 
+/** The low nibbles of 8 bytes, side by side. */
+uint32_t low_nibbles(uint64_t v) {
+  v &= 0x0f0f0f0f0f0f0f0full;
+  v = (v | v >> 4) & 0x00ff00ff00ff00ffull;
+  v = (v | v >> 8) & 0x0000ffff0000ffffull;
+  return static_cast<uint32_t>(v | v >> 16);
+}
+
 /** Packed codes of one block of 32 values, in MLX's order. */
 void convert_codes(GgufType type, const uint8_t* block, uint8_t* codes) {
   if (type == GgufType::q8_0) {
@@ -84,11 +92,10 @@ void convert_codes(GgufType type, const uint8_t* block, uint8_t* codes) {
     return;
   }
   // The file keeps values 0-15 in low nibbles and 16-31 in high ones; MLX keeps neighbours in one byte.
-  const uint8_t* nibbles = block + (type == GgufType::q4_1 ? 4 : 2);
-  for (int i = 0; i < 8; ++i) {
-    codes[i] = static_cast<uint8_t>((nibbles[2 * i] & 15) | (nibbles[2 * i + 1] & 15) << 4);
-    codes[8 + i] = static_cast<uint8_t>((nibbles[2 * i] >> 4) | (nibbles[2 * i + 1] >> 4) << 4);
-  }
+  uint64_t bytes[2];
+  std::memcpy(bytes, block + (type == GgufType::q4_1 ? 4 : 2), 16);
+  const uint32_t packed[4] = {low_nibbles(bytes[0]), low_nibbles(bytes[1]), low_nibbles(bytes[0] >> 4), low_nibbles(bytes[1] >> 4)};
+  std::memcpy(codes, packed, 16);
 }
 
 int64_t block_bytes_of(GgufType type) {
@@ -110,12 +117,18 @@ bool bias_overflows(const GgufTensor& t) {
   return false;
 }
 
-void put(uint8_t* out, int64_t index, float value, bool as_float) {
-  const uint16_t half = as_float ? 0 : float_to_half(value);
-  if (as_float)
-    std::memcpy(out + 4 * index, &value, 4);
-  else
-    std::memcpy(out + 2 * index, &half, 2);
+/** -2^power times a float16. */
+uint16_t minus_power(uint16_t half, int power) {
+  const int exponent = half >> 10 & 31;
+  if (exponent != 0 && exponent + power < 31) return static_cast<uint16_t>((half ^ 0x8000) + (power << 10));
+  return float_to_half(std::ldexp(half_to_float(half), power) * -1.f);
+}
+
+void put(uint8_t* out, int64_t index, float value) {
+  std::memcpy(out + 4 * index, &value, 4);
+}
+void put(uint8_t* out, int64_t index, uint16_t half) {
+  std::memcpy(out + 2 * index, &half, 2);
 }
 
 /** Blocks of a mapped file -> codes, scales and biases, when they are asked for: so that a model is never in memory as blocks, in MLX's
@@ -140,10 +153,16 @@ class ConvertBlocks final : public mx::Primitive {
         for (int64_t i = 0; i < groups; ++i, in += block_bytes) {
           uint16_t halves[2];
           std::memcpy(halves, in, 4);
-          const float scale = half_to_float(halves[0]);
           convert_codes(type, in, codes + row * code_bytes + i * 4 * bits);
-          put(scales, row * groups + i, scale, as_float);
-          put(biases, row * groups + i, type == GgufType::q4_1 ? half_to_float(halves[1]) : scale * (bits == 8 ? -128.f : -8.f), as_float);
+          const int64_t at = row * groups + i;
+          if (as_float) {
+            const float scale = half_to_float(halves[0]);
+            put(scales, at, scale);
+            put(biases, at, type == GgufType::q4_1 ? half_to_float(halves[1]) : scale * (bits == 8 ? -128.f : -8.f));
+          } else {
+            put(scales, at, halves[0]);
+            put(biases, at, type == GgufType::q4_1 ? halves[1] : minus_power(halves[0], bits == 8 ? 7 : 3));
+          }
         }
       }
     });
@@ -193,7 +212,8 @@ mx::array dense(const GgufTensor& t, const std::shared_ptr<const MappedFile>& ma
       for (int64_t i = 0; i < t.shape[0]; ++i) {
         float value;
         std::memcpy(&value, t.data + 4 * source_row(i, t.shape[0], heads), 4);
-        put(static_cast<uint8_t*>(out), i, value - subtracted, !as_half);
+        auto* to = static_cast<uint8_t*>(out);
+        as_half ? put(to, i, float_to_half(value - subtracted)) : put(to, i, value - subtracted);
       }
     });
   }

@@ -1,6 +1,7 @@
 // Rows of codes <-> panels of 16 rows.
 #include "kernels/cpu/panels.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -105,12 +106,17 @@ float scale_value(const Panels& p, const uint8_t* scales, int index) {
 }  // namespace
 
 void write_panel(const Panels& p, int bits, const StoredRow (&rows)[16], uint8_t* panel) {
-  static const std::vector<uint8_t> zeros(64, 0);
   const int64_t group_codes = int64_t(p.group) * bits / 8;
   const int item = p.scale_bytes();
+  const auto copy_scale = [item](uint8_t* to, const uint8_t* from) {  // sizes that the compiler knows: millions of these at a start
+    if (item == 2) return void(std::memcpy(to, from, 2));
+    if (item == 4) return void(std::memcpy(to, from, 4));
+    *to = *from;
+  };
+  const bool writes_all = (p.bits == 4 || p.bits == 8) && std::ranges::none_of(rows, [](const auto& r) { return r.codes == nullptr; });
   for (int g = 0; g < p.k / p.group; ++g, panel += p.group_bytes()) {
     uint8_t* scales = panel + p.code_bytes();
-    std::memset(panel, 0, p.group_bytes());
+    if (!writes_all) std::memset(panel, 0, p.group_bytes());
     for (int lane = 0; lane < 16; ++lane) {
       const auto& row = rows[lane];
       if (row.codes == nullptr) continue;
@@ -124,8 +130,8 @@ void write_panel(const Panels& p, int bits, const StoredRow (&rows)[16], uint8_t
           write_block(p, codes + int64_t(i) / 8 * bits, p.group - i < 32 ? p.group - i : 32, bits, panel + int64_t(i) * p.bits * 2, lane);
         }
       }
-      std::memcpy(scales + lane * item, row.scales + int64_t(g) * item, item);
-      if (p.codes == Codes::affine) std::memcpy(scales + (16 + lane) * item, row.biases + int64_t(g) * item, item);
+      copy_scale(scales + lane * item, row.scales + int64_t(g) * item);
+      if (p.codes == Codes::affine) copy_scale(scales + (16 + lane) * item, row.biases + int64_t(g) * item);
     }
   }
 }
