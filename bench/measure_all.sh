@@ -14,7 +14,7 @@ results=${RESULTS_DIR:-bench/results}
 program=$build/mlx-lm
 model=models/SmolLM2-135M-Instruct.gguf
 model_q4_0=models/SmolLM2-135M-Instruct.Q4_0.gguf
-all=(smollm2 long 1b 3b dense moe ssm mla conv delta engine prefix sampling startup precision)
+all=(smollm2 long 1b 3b dense moe ssm mla conv delta engine admission prefix sampling startup precision)
 rounds=5
 if [ "${1:-}" = --rounds ]; then
   rounds=$2
@@ -90,6 +90,7 @@ section() {
       "$python" bench/engine.py --bench-engine "$build/bench_engine" --llama-cpp "$peer" --model "$model" "${same[@]}" "${fast[@]}" \
         --rounds "$rounds" --minutes 2.5 --output "$results/engine.jsonl"
       ;;
+    admission) timeout 120 "$build/bench_engine" "$model" learned | save admission ;;
     prefix) timeout 300 "$build/bench_engine" "$model" prefix | save prefix ;;
     sampling)
       "$python" bench/sampling.py --program "$program" --model "$model" --rounds "$rounds" --minutes 1 --output "$results/sampling.jsonl"
