@@ -163,7 +163,7 @@ class Engine {
   int add_row(StepPlan& plan, Sequence& q, int budget) const;
   enum class Admission { admitted, deferred, failed };
   std::optional<PrefixCache::Hit> find_reusable(const Sequence& q);
-  void load_stored(const Sequence& q);
+  void load_stored(Sequence& q);
   Admission admit(Sequence& q);
   bool make_room(int64_t bytes);
   bool extend(Sequence& q);

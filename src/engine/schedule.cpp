@@ -226,13 +226,14 @@ std::optional<PrefixCache::Hit> Engine::find_reusable(const Sequence& q) {
   return best;
 }
 
-/** What outlived an earlier engine joins the stored prefixes, where it spares more than they do. */
-void Engine::load_stored(const Sequence& q) {
-  if (q.cache != 0 || !q.request.use_prefix_cache || prefix_space(q) != 0) return;
+/** What outlived an earlier engine joins the stored prefixes, where it spares more than they do. One read a sequence, deferred or not. */
+void Engine::load_stored(Sequence& q) {
+  if (q.has_read_store || q.cache != 0 || !q.request.use_prefix_cache || prefix_space(q) != 0) return;
   const auto found = store_->find(q.tokens);
   if (found.usable_tokens == 0 || found.bytes > limits_.prefix_cache_bytes) return;
   const auto held = find_reusable(q);
   if ((held && held->usable_tokens >= found.usable_tokens) || !make_room(found.bytes)) return;
+  q.has_read_store = true;
   const auto loaded = store_->load(q.tokens);
   if (loaded.cache == 0) return;
   const auto info = runner_.info(loaded.cache);

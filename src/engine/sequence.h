@@ -19,6 +19,7 @@ struct Engine::Sequence {
   std::size_t next_boundary = 0;
   int suspect_until_tokens = 0;  // was in a step that failed: runs alone until so many tokens are computed
   bool running = false, in_step = false;
+  bool has_read_store = false;  // once: what was read may have been evicted before there was room for the rest
   Finish ended = Finish::none;  // while its step runs
 
   int generated_tokens() const { return static_cast<int>(tokens.size()) - prompt_tokens; }

@@ -113,3 +113,37 @@ def test_ctrl_c_keeps_what_is_done(model, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == "" and json.loads(first)["finish_reason"] == "length"
     assert "1 done, 0 failed, 3 not finished" in err
+
+
+def test_processes_share_a_folder_of_prefixes(model, tmp_path):
+    """Some write what others read and evict, and one is killed: the answers stay, the budget holds, nothing half-written stays."""
+    beginnings = [f"{i} once upon a time " * 12 for i in range(16)]
+    prompts = write(tmp_path, *({"prompt": beginnings[i % 16] + "x" * (i // 16), "max_tokens": 6} for i in range(32)))
+    folder, budget = tmp_path / "prefixes", 2_000_000
+    plain = ["batch_generate", "--model", model, "--prompts", prompts]
+    shared = [*plain, "--prefix-cache-dir", folder, "--prefix-cache-bytes", budget]
+    alone = run(*plain)
+    assert alone.returncode == 0, alone.stderr
+    wanted = [a["tokens"] for a in answers(alone)]
+    assert len(wanted) == 32
+
+    def start():
+        return subprocess.Popen(
+            [PROGRAM, *map(str, shared)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+
+    for delay in (0.02, 0.05, 0.08, 0.12):
+        running, victim = [start(), start()], start()
+        time.sleep(delay)
+        victim.kill()
+        victim.communicate(timeout=60)
+        for process in running:
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == 0, err
+            assert [json.loads(line)["tokens"] for line in out.splitlines()] == wanted
+            assert "ignored" not in err and "not kept" not in err
+    last = run(*shared)
+    assert [a["tokens"] for a in answers(last)] == wanted
+    files = [f for f in folder.iterdir() if f.name != ".lock"]
+    assert 0 < len(files) < len(beginnings) and all(f.name.endswith(".safetensors") for f in files)
+    assert sum(f.stat().st_size for f in files) <= budget

@@ -308,6 +308,46 @@ TEST(Engine, MemoryThatCannotBeHadAtAdmission) {
   EXPECT_EQ(b.last.at(other).finish, Finish::failed);
 }
 
+/** A store of one prefix that counts how often it is read. */
+struct ScriptedStore final : PrefixStore {
+  ScriptedStore(ScriptedRunner& runner, std::vector<int> tokens) : runner(runner), tokens(std::move(tokens)) {}
+  Found find(std::span<const int> prompt) noexcept override {
+    const auto usable = prompt.first(prompt.size() - 1);
+    const auto shared = std::ranges::mismatch(tokens, usable).in1 - tokens.begin();
+    return {static_cast<int>(shared), runner.cost_bytes(static_cast<int64_t>(tokens.size()), {})};
+  }
+  Loaded load(std::span<const int>) noexcept override {
+    ++reads;
+    if (gone) return {};
+    runner.caches[++runner.last] = {tokens};
+    return {runner.last, tokens};
+  }
+  void save(CacheId, std::span<const int>) noexcept override {}
+
+  ScriptedRunner& runner;
+  std::vector<int> tokens;
+  bool gone = false;
+  int reads = 0;
+};
+
+TEST(Engine, ADeferredPromptReadsTheStoreOnce) {
+  for (const bool gone : {false, true}) {
+    Bench b({.memory_bytes = 400, .prefix_cache_bytes = 10000});
+    ScriptedStore store(b.runner, prompt_of(40, 1));
+    store.gone = gone;
+    const Request small{.tokens = prompt_of(10), .max_tokens = 20}, large{.tokens = prompt_of(50, 1), .max_tokens = 20};
+    const auto first = b.submit(small);
+    b.step();
+    b.engine->set_store(&store);
+    const auto second = b.submit(large);  // there is room for the stored prefix, and not for the prompt beside the first
+    EXPECT_GT(b.drain(), 20);
+    EXPECT_SOUND(b);
+    EXPECT_EQ(store.reads, 1);
+    EXPECT_EQ(b.answers[first], alone(small));
+    EXPECT_EQ(b.answers[second], alone(large));
+  }
+}
+
 TEST(Engine, AnswersWithoutALimitShareWhatThereIs) {
   Bench b({.memory_bytes = 2000});
   std::vector<Request> requests;
