@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <ctime>
 #include <map>
+#include <numeric>
 #include <set>
 #include <string>
 
@@ -49,22 +50,24 @@ struct Bench {
   model::CausalModel& model;
 
   void throughput(int sequences) {
-    constexpr int kPrompt = 32, kAnswer = 64;
+    constexpr int kPrompt = 32, kSteps = 64;
     const engine::Limits limits{.max_sequences = sequences};
     gen::ModelRunner runner(model, limits);
     engine::Engine engine(runner, limits, now_s);
-    for (int i = 0; i < sequences; ++i) engine.submit({.tokens = prompt(kPrompt, i, model.description().vocab), .max_tokens = kAnswer});
-    while (engine.counters().generated_tokens < sequences) engine.step();  // prompts are another measurement
-    const auto before = engine.counters().generated_tokens;
-    const double start = now_s();
+    for (int i = 0; i < sequences; ++i)
+      engine.submit({.tokens = prompt(kPrompt, i, model.description().vocab), .max_tokens = kSteps + 2 * sequences});
+    // Steps of all sequences and nothing else: prompts and the end, when some are done, are other measurements.
     std::vector<double> steps;
-    while (engine.has_work()) steps.push_back(engine.step().seconds);
-    const double seconds = now_s() - start;
+    while (engine.has_work() && steps.size() < kSteps) {
+      const auto report = engine.step();
+      if (report.decode_rows == sequences && report.prompt_tokens == 0) steps.push_back(report.seconds);
+    }
+    const double seconds = std::accumulate(steps.begin(), steps.end(), 0.0);
     fmt::print(
         "{{\"bench\":\"throughput\",\"sequences\":{},\"tokens_per_s\":{:.1f},\"step_ms_median\":{:.2f},\"threads\":{},\"executor\":\"{}\"}}"
         "\n",
-        sequences, static_cast<double>(engine.counters().generated_tokens - before) / seconds, quantile(steps, 0.5) * 1e3,
-        compute_pool().threads(), model.executor());
+        sequences, static_cast<double>(steps.size()) * sequences / seconds, quantile(steps, 0.5) * 1e3, compute_pool().threads(),
+        model.executor());
     std::fflush(stdout);
   }
 

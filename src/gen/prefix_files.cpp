@@ -36,7 +36,9 @@ uint64_t hash_bytes(const void* data, std::size_t size, uint64_t hash = 14695981
   return hash;
 }
 
-bool is_ours(const std::string& name) { return name.starts_with("prefix-") && name.ends_with(".safetensors"); }
+bool is_ours(const std::string& name) {
+  return name.starts_with("prefix-") && name.ends_with(".safetensors");
+}
 
 /** The process that writes it, of "prefix-....safetensors.tmp123". */
 std::optional<int> writer_of(const std::string& name) {
@@ -164,7 +166,8 @@ bool PrefixFiles::read_file(const std::string& name) {
     std::error_code error;
     const auto bytes = fs::file_size(path, error);
     if (error) return false;
-    held_.insert_or_assign(name, Held{std::move(*parsed), trimmable != metadata.end() && trimmable->second == "1", static_cast<int64_t>(bytes)});
+    held_.insert_or_assign(name,
+                           Held{std::move(*parsed), trimmable != metadata.end() && trimmable->second == "1", static_cast<int64_t>(bytes)});
     return true;
   } catch (const Error& e) {
     if (e.code() != Code::not_found) warn(fmt::format("{}; ignored", e.what()));
@@ -252,14 +255,19 @@ void PrefixFiles::save_or_throw(engine::CacheId cache, std::span<const int> toke
   // What adds less than a quarter to a stored one is not worth its bytes.
   for (const auto& [name, held] : held_) {
     const auto shared = static_cast<std::size_t>(std::ranges::mismatch(held.tokens, tokens).in2 - tokens.begin());
-    if (shared == tokens.size() ? held.trimmable || held.tokens.size() == shared : held.trimmable && shared >= tokens.size() / 4 * 3) return;
+    if (shared == tokens.size() ? held.trimmable || held.tokens.size() == shared : held.trimmable && shared >= tokens.size() / 4 * 3)
+      return;
   }
   const auto& caches = runner_.caches(cache);
   const bool trimmable = cache::trimmable(caches);
   const auto text = fmt::format("{}", fmt::join(tokens, " "));
   const auto most_bytes = cache::total_bytes(caches) + static_cast<int64_t>(text.size() + 65536 + caches.size() * 2048);
   const FolderLock lock(options_.folder);
-  if (!lock.held() || !make_room(most_bytes)) return;
+  if (!lock.held()) return;
+  if (!make_room(most_bytes)) {
+    throw Error(Code::bad_request, "prefix cache",
+                fmt::format("{} tokens may take {} bytes, of {} for the folder", tokens.size(), most_bytes, options_.bytes));
+  }
   const auto hash = hash_bytes(tokens.data(), tokens.size_bytes(), hash_bytes(fingerprint_.data(), fingerprint_.size()));
   const auto name = fmt::format("prefix-{:016x}.safetensors", hash);
   const auto path = options_.folder / name;
