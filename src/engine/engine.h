@@ -140,8 +140,8 @@ class Engine {
   /** Gives up stored prefixes until at most so many bytes are held. */
   void shrink_prefix_cache(int64_t bytes) { release(prefixes_.shrink_to(bytes)); }
   const PrefixCache& prefixes() const { return prefixes_; }
-  /** Prefixes are looked for there, too; those of boundaries are saved at once, the others when the engine ends. It must outlive the engine, or
-   *  be taken back (null). Nothing without prefix_cache_bytes. */
+  /** Prefixes are looked for there, too; those of boundaries are saved at once, the others when the engine ends. It must outlive the
+   * engine, or be taken back (null). Nothing without prefix_cache_bytes. */
   void set_store(PrefixStore* store) { store_ = limits_.prefix_cache_bytes > 0 ? store : nullptr; }
   void save_prefixes();
 

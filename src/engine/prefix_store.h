@@ -19,7 +19,7 @@ class PrefixStore {
   /** What load() would spare of this prompt; at least one token is left to process. */
   virtual Found find(std::span<const int> prompt) noexcept = 0;
   struct Loaded {
-    CacheId cache = 0;  // 0 = it could not be had after all; else the caller's
+    CacheId cache = 0;              // 0 = it could not be had after all; else the caller's
     std::span<const int> tokens{};  // what it holds; valid until the next call
   };
   virtual Loaded load(std::span<const int> prompt) noexcept = 0;

@@ -132,7 +132,8 @@ struct BatchRun {
   model::CausalModel* draft_model = nullptr;
   std::function<void(const BatchGenerator::Stats&)> on_step{};
   const std::atomic<bool>* cancel = nullptr;
-  PrefixFolder prefixes{};  // prefixes that outlive the run; its engine's prefix_cache_bytes default to those of the folder, as memory allows
+  /** Prefixes that outlive the run; its engine's prefix_cache_bytes default to those of the folder, as memory allows. */
+  PrefixFolder prefixes{};
 };
 
 /** Answers in order of the items. A bad item fails alone. When cancelled, what is not done ends with Finish::cancelled and its text so far.

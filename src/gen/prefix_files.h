@@ -13,7 +13,7 @@
 namespace mlxlm::gen {
 
 struct PrefixFolder {
-  std::filesystem::path folder{};  // empty = none
+  std::filesystem::path folder{};    // empty = none
   int64_t bytes = int64_t{4} << 30;  // of all its files, whoever wrote them
   std::function<void(const std::string&)> warn{};
 };
@@ -21,8 +21,8 @@ struct PrefixFolder {
 /** Several processes may use a folder at a time: each write happens under its lock, and files may vanish at any time. */
 class PrefixFiles final : public engine::PrefixStore {
  public:
-  /** Makes the folder, removes what writers that died have left, and reads which prefixes there are. Throws Error(io) when the folder cannot be
-   *  had. `runner` must live as long. */
+  /** Makes the folder, removes what writers that died have left, and reads which prefixes there are. Throws Error(io) when the folder
+   * cannot be had. `runner` must live as long. */
   PrefixFiles(PrefixFolder options, model::CausalModel& model, ModelRunner& runner);
 
   Found find(std::span<const int> prompt) noexcept override;

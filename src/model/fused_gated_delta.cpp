@@ -29,8 +29,7 @@ void Program::gated_delta(const FusedGatedDelta& op, const FusedStep& step, cons
   const int rows = chunk.tokens, wide = op.in.out_dims, channels = spec.channels(), keys = spec.keys(), heads = spec.value_heads;
   float *given = spare_[0].get(int64_t(rows) * wide), *mixed = spare_[1].get(int64_t(rows) * channels);
   float *scanned = spare_[2].get(int64_t(rows) * spec.values()), *steps = spare_[3].get(int64_t(rows) * 2 * heads);
-  cpu::eager_map(
-      op.in, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), given, wide);
+  cpu::eager_map(op.in, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), given, wide);
   const float* projected = given;
   if (!spec.split) {
     float* sorted = spare_[4].get(int64_t(rows) * wide);

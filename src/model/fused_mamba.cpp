@@ -9,8 +9,7 @@ void Program::mamba(const FusedMamba& op, const FusedStep& step, const std::vect
   const int rows = chunk.tokens, wide = op.in.out_dims, inner = op.inner(), channels = op.conv.channels, heads = spec.heads;
   float *projected = spare_[0].get(int64_t(rows) * wide), *mixed = spare_[1].get(int64_t(rows) * channels);
   float *scanned = spare_[2].get(int64_t(rows) * inner), *steps = spare_[3].get(int64_t(rows) * 2 * heads);
-  cpu::eager_map(
-      op.in, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), projected, wide);
+  cpu::eager_map(op.in, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), projected, wide);
   for (int64_t i = 0; i < int64_t(rows) * heads; ++i) {
     const int64_t row = i / heads, h = i % heads;
     const float dt = std::clamp(softplus(projected[row * wide + inner + channels + h] + op.dt_bias[h]), spec.dt_min, spec.dt_max);

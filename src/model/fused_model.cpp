@@ -137,8 +137,7 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
                         float* y) {
   const int rows = chunk.tokens, q = op.heads * op.head_dim, kv = op.kv_heads * op.head_dim, wide = (op.gated ? 2 * q : q) + 2 * kv;
   float *qkv = qkv_.get(int64_t(rows) * wide), *mixed = mixed_.get(int64_t(rows) * q);
-  cpu::eager_map(
-      op.qkv, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), qkv, wide);
+  cpu::eager_map(op.qkv, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), qkv, wide);
   std::vector<const Piece*> piece_of(rows);
   std::vector<int> first_row(chunk.pieces.size());
   std::vector<cpu::EagerAttention> parts;

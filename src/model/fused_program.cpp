@@ -103,8 +103,7 @@ void act_row(arch::Act act, const float* gate, const float* up, float* out, int 
 void Program::feed_forward(const FusedFeedForward& op, const FusedStep& step, int rows, float* y) {
   const int wide = op.gated ? 2 * op.hidden : op.hidden;
   float* hidden = hidden_.get(int64_t(rows) * wide);
-  cpu::eager_map(
-      op.up, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), hidden, wide);
+  cpu::eager_map(op.up, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), hidden, wide);
   cpu::eager_map(
       op.down, rows,
       [&](int row, float* to) {

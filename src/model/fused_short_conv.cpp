@@ -42,8 +42,7 @@ void Program::short_conv(const FusedShortConv& op, const FusedStep& step, const 
                          float* y) {
   const int rows = chunk.tokens, wide = 3 * width;  // the gates of the input and of the output, the input
   float *projected = spare_[0].get(int64_t(rows) * wide), *mixed = spare_[1].get(int64_t(rows) * width);
-  cpu::eager_map(
-      op.in, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), projected, wide);
+  cpu::eager_map(op.in, rows, [&](int row, float* to) { input_row(step, row, to); }, exact(), projected, wide);
   for_rows(rows, width, [&](int row) {
     float* at = projected + int64_t(row) * wide;
     cpu::isa().multiply(at, at + 2 * width, at + 2 * width, width);

@@ -203,7 +203,7 @@ TEST(Gates, MultiplyRows) {
 
 struct Latent {
   static constexpr int heads = 3, latent = 40, more = 12, keys = 1200;
-  std::vector<float> q, k = noise(5, keys*latent), r = noise(6, keys*more);
+  std::vector<float> q, k = noise(5, keys* latent), r = noise(6, keys* more);
 
   explicit Latent(int tokens) : q(noise(7, int64_t(tokens) * heads * (latent + more))) {}
   cpu::LatentAttention call(int first, int count, int visible, int window, std::vector<float>& out) const {

@@ -68,18 +68,16 @@ TEST(WeightRules, RenameTakesAsLittleAsItCan) {
 
 TEST(WeightRules, RenameOntoAnother) {
   Tensors tensors = {{"a.w", number(1)}, {"b.w", number(2)}};
-  expect_error(Code::bad_weights, {"b.w: stands for b.w, which is there too"}, [&] {
-    apply_rules(tensors, with({{Rule::rename, "a.*", "b.*"}}));
-  });
+  expect_error(Code::bad_weights, {"b.w: stands for b.w, which is there too"},
+               [&] { apply_rules(tensors, with({{Rule::rename, "a.*", "b.*"}})); });
 }
 
 TEST(WeightRules, StripPrefix) {
   const auto got = applied({{"model.a", number(1)}, {"b.model.c", number(2)}}, {Rule::strip_prefix, "model."});
   EXPECT_EQ(names(got), (Names{"a", "b.model.c"}));
   Tensors both = {{"model.a", number(1)}, {"a", number(2)}};
-  expect_error(Code::bad_weights, {"model.a: stands for a, which is there too"}, [&] {
-    apply_rules(both, with({{Rule::strip_prefix, "model."}}));
-  });
+  expect_error(Code::bad_weights, {"model.a: stands for a, which is there too"},
+               [&] { apply_rules(both, with({{Rule::strip_prefix, "model."}})); });
 }
 
 const Rule stack_experts{Rule::stack, "*.experts.{e}.*", "*.switch_mlp.*"};
