@@ -111,7 +111,11 @@ inline F load_any(const void* p, Storage s, int64_t i) {
 inline float load_one(const void* p, Storage s, int64_t i) {
   if (s == Storage::f32) return static_cast<const float*>(p)[i];
   const uint16_t h = static_cast<const uint16_t*>(p)[i];
+#if defined(__F16C__)
+  if (s == Storage::f16) return _cvtsh_ss(h);
+#else
   if (s == Storage::f16) return half_to_float(h);
+#endif
   const uint32_t bits = uint32_t(h) << 16;
   float f;
   memcpy(&f, &bits, 4);

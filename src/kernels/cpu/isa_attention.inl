@@ -208,10 +208,14 @@ template <int BITS>
 inline F codes16(const uint8_t* p) {
   U v;
   if constexpr (BITS == 8) {
+#if defined(__AVX512F__)
+    v = (U)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
     typedef uint8_t Bytes __attribute__((vector_size(16)));
     Bytes b;
     memcpy(&b, p, 16);
     v = __builtin_convertvector(b, U);
+#endif
   } else if constexpr (BITS == 4) {
     uint32_t w[2];
     memcpy(w, p, 8);
