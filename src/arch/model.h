@@ -143,6 +143,7 @@ struct GatedDelta {
   int key_heads = 0, value_heads = 0, key_dim = 0, value_dim = 0, conv = 0;  // value_heads: a multiple of key_heads
   bool split = false;  // in_proj_qkv _z _b _a in whole; else in_proj_qkvz and in_proj_ba hold one key head after the other
   float norm_eps = 1e-6f;
+  static constexpr float unit_eps = 1e-6f;  // q and k have length 1: of the sum of their squares
   int keys() const { return key_heads * key_dim; }
   int values() const { return value_heads * value_dim; }
   int channels() const { return 2 * keys() + values(); }  // of the convolution: q, k, v

@@ -162,7 +162,6 @@ class Fuser {
 
   FusedGatedDelta gated_delta(const arch::GatedDelta& op, const std::string& layer_at, int layer) {
     const std::string at = layer_at + op.at + ".";
-    constexpr float unit_eps = 1e-6f;  // of a sum of squares, in the reference of their mean
     const float scale = 1.f / std::sqrt(float(op.key_dim));
     FusedGatedDelta made{.spec = op};
     made.in = map(at + (op.split ? "in_proj_qkv" : "in_proj_qkvz"));
@@ -172,8 +171,8 @@ class Fuser {
     made.dt_bias = vector(at + "dt_bias");
     made.rate = vector(at + "A_log");
     for (auto& a : made.rate) a = -std::exp(a);
-    made.unit_q = {std::vector<float>(op.key_dim, scale * scale), unit_eps * scale * scale};
-    made.unit_k = {std::vector<float>(op.key_dim, scale), unit_eps * scale * scale};
+    made.unit_q = {std::vector<float>(op.key_dim, scale * scale), op.unit_eps * scale * scale};
+    made.unit_k = {std::vector<float>(op.key_dim, scale), op.unit_eps * scale * scale};
     made.norm = norm({.at = "norm", .eps = op.norm_eps}, at);
     made.memory = {layer, {{1, op.conv - 1, op.channels()}, {1, op.value_heads, op.value_dim, op.key_dim}}};
     return made;

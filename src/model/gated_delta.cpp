@@ -9,8 +9,6 @@
 namespace mlxlm::model {
 namespace {
 
-constexpr float unit_eps = 1e-6f;  // of the lengths of q and k
-
 class GatedDeltaBlock final : public Mixer {
  public:
   GatedDeltaBlock(const arch::GatedDelta& op, Store& store, const std::string& layer_at)
@@ -74,7 +72,7 @@ class GatedDeltaBlock final : public Mixer {
   }
   /** Of length 1, times `scale` * sqrt(key_dim). */
   mx::array unit(const mx::array& x, float scale) const {
-    const auto normed = nn::norm(x, arch::Norm{.eps = unit_eps / float(op_.key_dim), .weightless = true}, std::nullopt, std::nullopt);
+    const auto normed = nn::norm(x, arch::Norm{.eps = op_.unit_eps / float(op_.key_dim), .weightless = true}, std::nullopt, std::nullopt);
     return mx::multiply(normed, mx::array(scale, x.dtype()));
   }
 

@@ -188,7 +188,6 @@ void group_sums_kernel(const float* x, int k, int group, float* sums) {
 /** FIRST: nobody has read these weights yet. */
 template <int N, int R, bool FIRST>
 void dense_tile(const void* w, Storage s, int64_t row_stride, const float* x, int k, float* c, int64_t ldc) {
-  constexpr int64_t ahead = 4096;  // bytes, as in prefetch_group
   const int64_t item = s == Storage::f32 ? 4 : 2;
   F t[N][R];
   for (int n = 0; n < N; ++n) {
@@ -199,7 +198,7 @@ void dense_tile(const void* w, Storage s, int64_t row_stride, const float* x, in
     F xv[R];
     for (int i = 0; i < R; ++i) xv[i] = load(x + int64_t(i) * k + j);
     for (int n = 0; n < N; ++n) {
-      if constexpr (FIRST) __builtin_prefetch(static_cast<const char*>(w) + (n * row_stride + j) * item + ahead);
+      if constexpr (FIRST) __builtin_prefetch(static_cast<const char*>(w) + (n * row_stride + j) * item + prefetch_ahead);
       const F wv = load_any(w, s, n * row_stride + j);
       for (int i = 0; i < R; ++i) t[n][i] += wv * xv[i];
     }
@@ -217,16 +216,16 @@ void dense_tile(const void* w, Storage s, int64_t row_stride, const float* x, in
 
 template <int N>
 void dense_rows(const void* w, Storage s, int64_t row_stride, const float* x, int m, int k, float* c, int64_t ldc) {
-  for (bool first = true; m > 0; first = false) {
 #if defined(__AVX512F__)
-    const int rows = m >= 6 && !first ? 6 : m >= 4 ? 4 : m >= 2 ? 2 : 1;
-    if (rows == 6) dense_tile<N, 6, false>(w, s, row_stride, x, k, c, ldc);
-    else
+  constexpr int most = 6;  // rows whose sums stay in registers
 #else
-    const int rows = m >= 4 ? 4 : m >= 2 ? 2 : 1;
+  constexpr int most = 4;
 #endif
-    if (rows == 4 && first) dense_tile<N, 4, true>(w, s, row_stride, x, k, c, ldc);
-    else if (rows == 4) dense_tile<N, 4, false>(w, s, row_stride, x, k, c, ldc);
+  for (bool first = true; m > 0; first = false) {
+    const int rows = m >= most && !first ? most : m >= 4 ? 4 : m >= 2 ? 2 : 1;
+    if (rows > 4) dense_tile<N, most, false>(w, s, row_stride, x, k, c, ldc);
+    else if (rows == 4 && !first) dense_tile<N, 4, false>(w, s, row_stride, x, k, c, ldc);
+    else if (rows == 4) dense_tile<N, 4, true>(w, s, row_stride, x, k, c, ldc);
     else if (rows == 2) dense_tile<N, 2, true>(w, s, row_stride, x, k, c, ldc);
     else dense_tile<N, 1, true>(w, s, row_stride, x, k, c, ldc);
     x += int64_t(rows) * k;

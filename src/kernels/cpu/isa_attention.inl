@@ -210,6 +210,10 @@ inline F codes16(const uint8_t* p) {
   if constexpr (BITS == 8) {
 #if defined(__AVX512F__)
     v = (U)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i halves[2] = {_mm256_cvtepu8_epi32(b), _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8))};
+    memcpy(&v, halves, 64);
 #else
     typedef uint8_t Bytes __attribute__((vector_size(16)));
     Bytes b;

@@ -48,9 +48,10 @@ inline F panel_scale(const uint8_t* p, Storage s, int which) {
   return load_any(p, s, 16 * which);
 }
 
+constexpr int64_t prefetch_ahead = 4096;  // bytes; docs/performance.md
+
 inline void prefetch_group(const uint8_t* p, int64_t bytes) {
-  constexpr int64_t ahead = 4096;  // ../../../docs/performance.md
-  for (int64_t z = 0; z < bytes; z += 64) __builtin_prefetch(p + ahead + z);
+  for (int64_t z = 0; z < bytes; z += 64) __builtin_prefetch(p + prefetch_ahead + z);
 }
 
 inline U load_words(const uint8_t* p) {
