@@ -102,7 +102,8 @@ PromptCache PromptCache::load(const Model& model, const std::string& file) {
 
 void PromptCache::save(const Model& model, const std::string& file) const {
   if (impl_->caches.empty()) throw Error(Code::bad_request, "prompt cache", "holds nothing yet, wanted a text to save");
-  cache::save_prompt_file(file, impl_->caches, {{"model", model.impl().session.loaded.path.string()}, {"tokenizer_config", "{}"}});
+  cache::save_prompt_file(file, impl_->caches, model.impl().session.loaded.model->description(),
+                          {{"model", model.impl().session.loaded.path.string()}, {"tokenizer_config", "{}"}});
 }
 
 int PromptCache::tokens() const {

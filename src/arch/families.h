@@ -6,10 +6,13 @@
 namespace mlxlm::arch {
 
 Model deepseek_v3(const Config& c);
+Model falcon_h1(const Config& c);
 Model gemma3(const Config& c);  // the vision model's text tower
 Model gemma3_text(const Config& c);
 Model lfm2(const Config& c);
 Model llama(const Config& c);
+Model llama4(const Config& c);  // the vision model's text tower
+Model llama4_text(const Config& c);
 Model nemotron_h(const Config& c);
 Model phi3(const Config& c);
 Model qwen2(const Config& c);

@@ -1,6 +1,7 @@
 // Architecture description: plain data. No MLX, no weights, no side effects.
 #pragma once
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <variant>
@@ -45,6 +46,11 @@ struct Rope {
   float input_scale = 1.f;
 };
 
+/** What a query of Attention with a temperature is multiplied by. */
+inline float query_scale(float temperature, int temperature_tokens, int position) {
+  return 1.f + temperature * std::log(1.f + float((position + 1) / temperature_tokens));
+}
+
 /** Softmax attention with grouped heads. Parameters: q_proj k_proj v_proj o_proj, or one fused projection. */
 struct Attention {
   std::string at = "self_attn";
@@ -58,7 +64,10 @@ struct Attention {
   std::optional<Norm> q_norm{}, k_norm{};  // per head, before the rotation
   bool norm_full_width = false;            // q_norm/k_norm over all heads at once
   std::optional<int> window{};             // tokens that a query sees, itself included; set = rotating cache
-  float softcap = 0.f;                     // 0 = off
+  std::optional<int> chunk{};              // a query sees what comes before it from the last multiple of this on; set = chunked cache
+  float temperature = 0.f;                 // of query_scale(); 0 = off
+  int temperature_tokens = 8192;
+  float softcap = 0.f;  // 0 = off
 };
 
 /** Multi-head latent attention, absorbed: the cache holds the latent and the shared rotary key.
@@ -106,7 +115,8 @@ struct Moe {
   float renormalize_eps = 0.f;  // added to the sum
   bool gated = true;            // false: down(act(up(x)))
   Act act = Act::silu;
-  float scale = 1.f;  // routed_scaling_factor
+  float scale = 1.f;         // routed_scaling_factor
+  bool weigh_input = false;  // the router's weight multiplies what goes into an expert; top_k is 1
   int groups = 1, groups_kept = 1;
   int latent = 0;  // 0 = experts work at model width; else fc1_latent_proj / fc2_latent_proj around them
   // shared expert, run on every token
@@ -121,9 +131,10 @@ struct Moe {
 struct Mamba2 {
   std::string at = "mixer";
   int heads = 0, head_dim = 0, state = 0, groups = 0, conv = 0;
-  bool conv_bias = true, proj_bias = false;
+  bool conv_bias = true, in_bias = false, out_bias = false;
   float norm_eps = 1e-5f;
-  int norm_group = 0;                  // width of a group of the gated norm
+  int norm_group = 0;  // width of a group of the norm of the gated outputs; 0 = no norm
+  bool norm_before_gate = false;
   float dt_min = 0.f, dt_max = 1e30f;  // time_step_limit
 };
 
@@ -176,9 +187,16 @@ struct Rule {
     add_one,          // to from, when a tensor matches `to` that only a published checkpoint has: one of a single expert, or a convolution
                       // that conv_ncl_to_nlc would change
     split_gate_up,    // from [X, 2H, D] -> to, where {part} becomes gate_proj and up_proj
+    swap_axes,        // from [X, A, B] -> to [X, B, A]
+    multiply,         // from times `factors`, when a tensor matches `to` as for add_one
   } kind;
   std::string from;
   std::string to{};
+  struct Factor {
+    float value = 1.f;
+    int rows = 0;  // of the first axis; 0 = all
+  };
+  std::vector<Factor> factors{};
 };
 
 /** Quantization of one kind of tensor by default at conversion. */

@@ -17,9 +17,10 @@ Mamba2 mamba(const Config& c) {
             .groups = c.positive("n_groups"),
             .conv = c.positive("conv_kernel"),
             .conv_bias = c.flag("use_conv_bias", true),
-            .proj_bias = c.flag("mamba_proj_bias", false),
+            .in_bias = c.flag("mamba_proj_bias", false),
             .norm_eps = c.real(eps_key)};
   if (op.heads > max_heads || op.head_dim > max_head_dim) c.fail("mamba_num_heads", "out of range, and mamba_head_dim");
+  op.out_bias = op.in_bias;
   op.norm_group = op.heads * op.head_dim / op.groups;
   if (const auto limit = c.reals("time_step_limit"); !limit.empty()) {
     if (limit.size() != 2 || limit[0] > limit[1]) c.fail("time_step_limit", "wanted the lowest and the highest step");

@@ -2,6 +2,7 @@
 #include "arch/registry.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 
 #include "arch/families.h"
@@ -20,6 +21,7 @@ struct Entry {
 // Sorted by name. Names that mlx_lm remaps (MODEL_REMAPPING in mlx_lm/utils.py) stand here beside their target.
 constexpr Entry table[] = {
     {"deepseek_v3", deepseek_v3},
+    {"falcon_h1", falcon_h1},
     {"gemma3", gemma3},
     {"gemma3_text", gemma3_text},
     {"iquestcoder", llama},
@@ -27,6 +29,8 @@ constexpr Entry table[] = {
     {"kimi_k2", deepseek_v3},
     {"lfm2", lfm2},
     {"llama", llama},
+    {"llama4", llama4},
+    {"llama4_text", llama4_text},
     {"mistral", llama},
     {"nemotron_h", nemotron_h},
     {"phi3", phi3},
@@ -57,6 +61,8 @@ class Check {
       c_.fail("num_key_value_heads", got(a.kv_heads) + ", wanted a divisor of " + std::to_string(a.heads) + " heads");
     }
     if (a.rope) rotation(*a.rope, a.head_dim);
+    if (a.chunk) size("attention_chunk_size", *a.chunk, 1 << 30);
+    if (!std::isfinite(a.temperature)) c_.fail("attn_scale", "wanted a finite number");
     count(width_, 4.0 * a.heads * a.head_dim);
   }
   void operator()(const Mla& a) {

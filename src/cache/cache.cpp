@@ -394,6 +394,55 @@ std::unique_ptr<RotatingKvCache> RotatingKvCache::restored(mx::array keys, mx::a
   return made;
 }
 
+ChunkedKvCache::ChunkedKvCache(int chunk_tokens) : ChunkedKvCache(chunk_tokens, 0, std::make_unique<KvCache>()) {}
+
+ChunkedKvCache::ChunkedKvCache(int chunk_tokens, int start, std::unique_ptr<AttentionCache> rows)
+    : chunk_tokens_(chunk_tokens), start_(start), rows_(std::move(rows)) {}
+
+void ChunkedKvCache::make_room(int tokens) {
+  if (offset() % chunk_tokens_ + tokens > chunk_tokens_) throw Error(Code::internal, "cache", "got tokens of several chunks at once");
+  if (rows_->offset() < chunk_tokens_) return;
+  start_ += chunk_tokens_;
+  const auto* held = dynamic_cast<const QuantizedCache*>(rows_.get());
+  if (held == nullptr)
+    rows_ = std::make_unique<KvCache>();
+  else
+    rows_ = std::make_unique<QuantizedKvCache>(held->bits(), held->group_size());
+}
+
+std::pair<mx::array, mx::array> ChunkedKvCache::update(const mx::array& k, const mx::array& v) {
+  make_room(k.shape(2));
+  return rows_->update(k, v);
+}
+
+bool ChunkedKvCache::can_rewind(int tokens, bool one_call) const {
+  return offset() % chunk_tokens_ + tokens <= chunk_tokens_ && rows_->can_rewind(tokens, one_call);
+}
+
+std::unique_ptr<ChunkedKvCache> ChunkedKvCache::with(std::unique_ptr<Cache> rows) const {
+  return std::make_unique<ChunkedKvCache>(chunk_tokens_, start_,
+                                          std::unique_ptr<AttentionCache>(static_cast<AttentionCache*>(rows.release())));
+}
+std::unique_ptr<Cache> ChunkedKvCache::copy() const {
+  return with(rows_->copy());
+}
+std::unique_ptr<Cache> ChunkedKvCache::separate_copy() const {
+  return with(rows_->separate_copy());
+}
+std::unique_ptr<AttentionCache> ChunkedKvCache::quantized(int bits, int group_size) const {
+  return with(rows_->quantized(bits, group_size));
+}
+
+Stored ChunkedKvCache::stored() const {
+  auto s = rows_->stored();
+  const bool quantized = s.kind == "QuantizedKVCache";
+  const auto group_size = quantized ? s.numbers.at("3") : 0, bits = quantized ? s.numbers.at("4") : 0;
+  s.kind = quantized ? "QuantizedChunkedKVCache" : "ChunkedKVCache";
+  s.numbers = {{"2", offset()}, {"3", chunk_tokens_}, {"4", start_}};
+  if (quantized) s.numbers.insert({{"5", group_size}, {"6", bits}});
+  return s;
+}
+
 Stored RecurrentCache::stored() const {
   Stored s{.kind = "ArraysCache", .arrays = {{"1", std::nullopt}, {"2", std::nullopt}}, .numbers = {}};  // no padding, no lengths
   for (std::size_t i = 0; i < slots_.size(); ++i) s.arrays["0." + std::to_string(i)] = slots_[i];
@@ -435,6 +484,9 @@ Caches make_caches(const arch::Model& model, int max_kv_size_tokens) {
       case plan::CacheKind::rotating:
         caches.push_back(std::make_unique<RotatingKvCache>(
             max_kv_size_tokens > 0 ? std::min(max_kv_size_tokens, layer.window_tokens) : layer.window_tokens, 0));
+        break;
+      case plan::CacheKind::chunked:
+        caches.push_back(std::make_unique<ChunkedKvCache>(layer.window_tokens));
         break;
       case plan::CacheKind::full:
         if (max_kv_size_tokens > 0) {

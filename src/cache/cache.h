@@ -55,7 +55,7 @@ class Cache {
 };
 
 using CachePtr = std::unique_ptr<Cache>;
-using Caches = std::vector<CachePtr>;  // one a layer; null where a layer remembers nothing
+using Caches = std::vector<CachePtr>;  // as plan::cache_layout; null where a layer remembers nothing
 
 /** Keys and values that several caches see and nobody changes any more: the first `rows` rows of [1,K,C,E] and [1,K,C,F]. */
 struct SharedRows {
@@ -96,6 +96,12 @@ class AttentionCache : public Cache {
    *  array that is evaluated after the writes). */
   virtual WritePlan plan_write(int tokens, const KvShape& shape);
   void set_written(mx::array written) { written_ = std::move(written); }
+
+  /** The cache that holds the rows: this one, or one inside of it. Rows go in and plans are asked for there, after make_room(). */
+  virtual AttentionCache& inner() { return *this; }
+  const AttentionCache& inner() const { return const_cast<AttentionCache*>(this)->inner(); }
+  /** Forgets what none of the next `tokens` tokens sees. */
+  virtual void make_room(int /*tokens*/) {}
 
   /** k [B,K,L,E], v [B,K,L,F] -> all that queries of this call may see, [B,K,S,E] and [B,K,S,F], oldest first wherever order matters:
    *  for L > 1 the last L are the new ones; for L = 1 all S are visible. Advances offset by L. */
@@ -186,6 +192,37 @@ class RotatingKvCache final : public AttentionCache {
   Ring ring_;
 };
 
+/** Keeps the chunk at hand: the tokens from the last multiple of `chunk_tokens` on. A call must end where the chunk does or before. The
+ * reference keeps the latest chunk_tokens instead and leaves the rest to a mask. */
+class ChunkedKvCache final : public AttentionCache {
+ public:
+  explicit ChunkedKvCache(int chunk_tokens);
+  /** `rows`: what is held of the chunk that starts at `start`. */
+  ChunkedKvCache(int chunk_tokens, int start, std::unique_ptr<AttentionCache> rows);
+  std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) override;
+  AttentionCache& inner() override { return *rows_; }
+  void make_room(int tokens) override;
+  int offset() const override { return start_ + rows_->offset(); }
+  /** Only before anything was forgotten. */
+  bool trimmable() const override { return start_ == 0; }
+  int trim(int n) override { return trimmable() ? rows_->trim(n) : 0; }
+  bool can_rewind(int tokens, bool one_call) const override;
+  void rewind(int n) override { rows_->rewind(n); }
+  std::vector<mx::array> state() const override { return rows_->state(); }
+  int64_t bytes() const override { return rows_->bytes(); }
+  std::unique_ptr<Cache> copy() const override;
+  std::unique_ptr<Cache> separate_copy() const override;
+  void add_buffers(std::map<const void*, int64_t>& bytes) const override { rows_->add_buffers(bytes); }
+  Stored stored() const override;
+  bool can_quantize() const override { return rows_->can_quantize(); }
+  std::unique_ptr<AttentionCache> quantized(int bits, int group_size) const override;
+
+ private:
+  std::unique_ptr<ChunkedKvCache> with(std::unique_ptr<Cache> rows) const;
+  int chunk_tokens_, start_ = 0;
+  std::unique_ptr<AttentionCache> rows_;  // a KvCache, or a quantized one
+};
+
 /** Fixed-size state of recurrent layers: slot 0 = convolution tail [B, conv-1, C], slot 1, where there is one, = state. */
 class RecurrentCache final : public Cache {
  public:
@@ -207,7 +244,7 @@ class RecurrentCache final : public Cache {
   int offset_ = 0;
 };
 
-/** One cache a layer, as plan::cache_layout says. max_kv_size > 0 bounds every full cache (keep = 4) and every window by it. */
+/** As plan::cache_layout says. max_kv_size > 0 bounds every full cache (keep = 4) and every window by it; chunks stay as they are. */
 Caches make_caches(const arch::Model& model, int max_kv_size_tokens = 0);
 
 }  // namespace mlxlm::cache

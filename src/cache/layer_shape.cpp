@@ -1,6 +1,8 @@
 // Shapes of what layers remember.
 #include "cache/layer_shape.h"
 
+#include <algorithm>
+
 namespace mlxlm::cache {
 namespace {
 
@@ -26,14 +28,17 @@ void note(LayerShape&, const Other&) {}
 }  // namespace
 
 std::vector<LayerShape> layer_shapes(const arch::Model& model) {
-  const auto layout = plan::cache_layout(model);
   std::vector<LayerShape> shapes;
-  for (std::size_t i = 0; i < layout.size(); ++i) {
-    LayerShape shape{.layer = layout[i]};
-    for (const auto& step : model.layers[i]) {
-      for (const auto& op : step.ops) std::visit([&](const auto& known) { note(shape, known); }, op);
+  for (const auto& layer : plan::cache_layout(model)) shapes.push_back({.layer = layer});
+  std::size_t next = 0;
+  for (const auto& layer : model.layers) {
+    const auto first = next;
+    for (const auto& step : layer) {
+      for (const auto& op : step.ops) {
+        if (plan::remembers(op)) std::visit([&](const auto& known) { note(shapes[next++], known); }, op);
+      }
     }
-    shapes.push_back(std::move(shape));
+    next = std::max(next, first + 1);
   }
   return shapes;
 }

@@ -18,7 +18,7 @@ struct LayerShape {
   std::vector<std::vector<int>> slots{};  // shapes of a recurrent layer's state, [1, ..]; empty = unknown
 };
 
-/** One entry a layer. */
+/** As plan::cache_layout(). */
 std::vector<LayerShape> layer_shapes(const arch::Model& model);
 
 }  // namespace mlxlm::cache

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <set>
 
 #include <fmt/format.h>
 #include <mlx/ops.h>
@@ -99,56 +100,131 @@ std::map<std::string, std::string> read_scalars(const fs::path& file, const std:
   return kinds;
 }
 
-std::vector<Stored> read_new(const fs::path& file, const weights::Tensors& tensors, const Sections& sections) {
-  const auto classes = read_classes(file, sections[1]);
+/** What a file has for one layer: a cache, or a CacheList of several. */
+struct StoredLayer {
+  bool list = false;
+  std::vector<Stored> parts{};
+};
+constexpr const char* list_kind = "CacheList";
+constexpr std::size_t most_parts = 16;
+
+std::vector<StoredLayer> layers_of(const std::vector<std::string>& classes) {
+  std::vector<StoredLayer> layers;
+  for (const auto& kind : classes) {
+    if (kind == list_kind)
+      layers.push_back({.list = true});
+    else
+      layers.push_back({.parts = {Stored{.kind = kind}}});
+  }
+  return layers;
+}
+
+/** The cache that "j.." of a list's state belongs to. */
+Stored& part_at(const fs::path& file, StoredLayer& layer, const Position& at) {
+  if (at.first >= most_parts) bad(file, fmt::format("got more than {} caches in a layer", most_parts));
+  if (at.first >= layer.parts.size()) layer.parts.resize(at.first + 1);
+  return layer.parts[at.first];
+}
+
+/** Of code points. */
+std::string to_text(const fs::path& file, const std::string& path, const mx::array& stored) {
+  constexpr std::size_t most = 100;
+  if (stored.ndim() != 1 || stored.size() > most || !mx::issubdtype(stored.dtype(), mx::integer)) bad(file, path + ": wanted a short text");
+  auto codes = mx::contiguous(mx::astype(stored, mx::int32));
+  mx::eval(codes);
+  std::string text;
+  for (std::size_t i = 0; i < codes.size(); ++i) {
+    const int code = codes.data<int>()[i];
+    if (code < 0x20 || code > 0x7E) bad(file, path + ": wanted a name in ASCII");
+    text += static_cast<char>(code);
+  }
+  return text;
+}
+
+std::vector<StoredLayer> read_new(const fs::path& file, const weights::Tensors& tensors, const Sections& sections) {
+  auto layers = layers_of(read_classes(file, sections[1]));
   const auto kinds = read_scalars(file, sections[2]);
-  std::vector<Stored> list(classes.size());
-  for (std::size_t i = 0; i < classes.size(); ++i) list[i].kind = classes[i];
   for (const auto& [path, value] : tensors) {
     const auto at = split_position(path);
-    if (!at || at->first >= list.size()) bad(file, path.substr(0, 60) + ": belongs to no cache");
-    auto& stored = list[at->first];
+    if (!at || at->first >= layers.size()) bad(file, path.substr(0, 60) + ": belongs to no cache");
+    auto& layer = layers[at->first];
     const auto kind = kinds.find(path);
-    if (kind == kinds.end())
-      stored.arrays.emplace(at->rest, value);
-    else if (kind->second == "none")
-      stored.arrays.emplace(at->rest, std::nullopt);
-    else if (kind->second == "scalar")
-      stored.numbers.emplace(at->rest, to_number(file, path, value));
-    else if (kind->second != "string")
-      bad(file, path + ": type '" + kind->second.substr(0, 40) + "' is not known");
+    const std::string type = kind == kinds.end() ? "" : kind->second;
+    auto rest = at->rest;
+    Stored* stored = layer.list ? nullptr : &layer.parts[0];
+    if (layer.list) {  // j.0.* is the state of its cache j, j.1 the name of that one's class
+      const auto part = split_position(rest);
+      if (!part) bad(file, path.substr(0, 60) + ": belongs to no cache");
+      stored = &part_at(file, layer, *part);
+      if (part->rest == "1" && type == "string") {
+        stored->kind = to_text(file, path, value);
+        continue;
+      }
+      if (!part->rest.starts_with("0.")) bad(file, path.substr(0, 60) + ": belongs to no cache");
+      rest = part->rest.substr(2);
+    }
+    if (type.empty())
+      stored->arrays.emplace(rest, value);
+    else if (type == "none")
+      stored->arrays.emplace(rest, std::nullopt);
+    else if (type == "scalar")
+      stored->numbers.emplace(rest, to_number(file, path, value));
+    else
+      bad(file, path + ": type '" + type.substr(0, 40) + "' is not known here");
   }
-  return list;
+  return layers;
 }
 
 /** Where the older layout's list of strings has what the newer one's state has. */
 std::vector<std::string> older_numbers(const std::string& kind) {
   if (kind == "QuantizedKVCache") return {"2", "3", "4"};
   if (kind == "RotatingKVCache") return {"3", "4", "2", "5"};
+  if (kind == "ChunkedKVCache") return {"3", "4"};
   return {};
 }
 
-std::vector<Stored> read_older(const fs::path& file, const weights::Tensors& tensors, const Sections& sections) {
-  const auto classes = read_classes(file, sections[2]);
-  std::vector<Stored> list(classes.size());
-  for (std::size_t i = 0; i < classes.size(); ++i) {
-    list[i].kind = classes[i];
-    const auto names = older_numbers(classes[i]);
-    for (std::size_t n = 0; n < names.size(); ++n) {
-      const auto path = fmt::format("{}.{}", i, n);
-      const auto text = sections[0].find(path);
-      if (text == sections[0].end()) bad(file, "metadata 0." + path + " is missing");
-      list[i].numbers[names[n]] = to_number(file, path, text->second);
+/** `at`: where the strings of one cache begin. */
+void read_older_numbers(const fs::path& file, const Sections& sections, const std::string& at, Stored& stored) {
+  const auto names = older_numbers(stored.kind);
+  for (std::size_t n = 0; n < names.size(); ++n) {
+    const auto path = fmt::format("{}.{}", at, n);
+    const auto text = sections[0].find(path);
+    if (text == sections[0].end()) bad(file, "metadata 0." + path + " is missing");
+    stored.numbers[names[n]] = to_number(file, path, text->second);
+  }
+  // It takes all rows of a buffer for tokens, whatever came before them.
+  if (stored.kind == "ChunkedKVCache" && stored.numbers["4"] != 0) bad(file, "its version does not tell how long a chunk is");
+}
+
+void add_older_array(Stored& stored, const std::string& path, const mx::array& value) {
+  stored.arrays.emplace(stored.kind == "ArraysCache" ? "0." + path : path, value);
+  const bool counted = stored.kind == "KVCache" || stored.kind == "ChunkedKVCache";
+  if (counted && value.ndim() == 4) stored.numbers["2"] = value.shape(2);
+}
+
+std::vector<StoredLayer> read_older(const fs::path& file, const weights::Tensors& tensors, const Sections& sections) {
+  auto layers = layers_of(read_classes(file, sections[2]));
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    if (!layers[i].list) {
+      read_older_numbers(file, sections, std::to_string(i), layers[i].parts[0]);
+      continue;
+    }
+    for (std::size_t j = 0; j < most_parts; ++j) {
+      const auto name = sections[0].find(fmt::format("{}.0.{}", i, j));
+      if (name == sections[0].end()) break;
+      layers[i].parts.push_back({.kind = name->second});
+      read_older_numbers(file, sections, fmt::format("{}.1.{}", i, j), layers[i].parts.back());
     }
   }
   for (const auto& [path, value] : tensors) {
     const auto at = split_position(path);
-    if (!at || at->first >= list.size()) bad(file, path.substr(0, 60) + ": belongs to no cache");
-    auto& stored = list[at->first];
-    stored.arrays.emplace(stored.kind == "ArraysCache" ? "0." + at->rest : at->rest, value);
-    if (stored.kind == "KVCache" && value.ndim() == 4) stored.numbers["2"] = value.shape(2);
+    if (!at || at->first >= layers.size()) bad(file, path.substr(0, 60) + ": belongs to no cache");
+    auto& layer = layers[at->first];
+    const auto part = layer.list ? split_position(at->rest) : std::optional(Position{0, at->rest});
+    if (!part || part->first >= layer.parts.size()) bad(file, path.substr(0, 60) + ": belongs to no cache");
+    add_older_array(layer.parts[part->first], part->rest, value);
   }
-  return list;
+  return layers;
 }
 
 std::optional<int> noted_tokens(const PromptMetadata& metadata) {
@@ -177,28 +253,41 @@ void set_lengths(const fs::path& file, Caches& caches, const PromptMetadata& met
 
 }  // namespace
 
-void save_prompt_file(const fs::path& file, const Caches& caches, PromptMetadata metadata) {
+void save_prompt_file(const fs::path& file, const Caches& caches, const arch::Model& model, PromptMetadata metadata) {
+  const auto layout = plan::cache_layout(model);
+  if (layout.size() != caches.size()) throw Error(Code::internal, "prompt cache", "got caches of another model");
   weights::Tensors tensors;
   std::map<std::string, std::string> strings{{"2.0", ""}};
   int index = 0, scalars = 0;
-  const auto note = [&](const std::string& path, const char* kind) {
+  const auto add = [&](const std::string& path, const mx::array& value, const char* kind) {
+    tensors.insert_or_assign(path, value);
+    if (kind == nullptr) return;
     ++scalars;
     strings[fmt::format("2.{}.0", scalars)] = path;
     strings[fmt::format("2.{}.1", scalars)] = kind;
   };
-  for (const auto& c : caches) {
-    if (!c) continue;
-    const auto stored = c->stored();
-    strings[fmt::format("1.{}", index)] = stored.kind;
-    for (const auto& [at, array] : stored.arrays) {
-      const auto path = fmt::format("{}.{}", index, at);
-      if (!array) note(path, "none");
-      tensors.insert_or_assign(path, array ? *array : mx::zeros({0}, mx::float32));
+  const auto add_state = [&](const std::string& at, const Stored& stored) {
+    for (const auto& [path, array] : stored.arrays) {
+      add(at + path, array ? *array : mx::zeros({0}, mx::float32), array ? nullptr : "none");
     }
-    for (const auto& [at, number] : stored.numbers) {
-      const auto path = fmt::format("{}.{}", index, at);
-      note(path, "scalar");
-      tensors.insert_or_assign(path, mx::array(static_cast<int32_t>(number)));
+    for (const auto& [path, number] : stored.numbers) add(at + path, mx::array(static_cast<int32_t>(number)), "scalar");
+  };
+  for (std::size_t i = 0, end = 0; i < caches.size(); i = end) {
+    for (end = i + 1; end < caches.size() && layout[end].layer == layout[i].layer;) ++end;
+    if (!caches[i]) continue;
+    if (end - i == 1) {
+      const auto stored = caches[i]->stored();
+      strings[fmt::format("1.{}", index)] = stored.kind;
+      add_state(fmt::format("{}.", index), stored);
+    } else {
+      strings[fmt::format("1.{}", index)] = list_kind;
+    }
+    for (std::size_t part = i; end - i > 1 && part < end; ++part) {
+      const auto stored = caches[part]->stored();
+      const auto at = fmt::format("{}.{}.", index, part - i);
+      add_state(at + "0.", stored);
+      std::vector<int> codes(stored.kind.begin(), stored.kind.end());
+      add(at + "1", mx::array(codes.data(), {static_cast<int>(codes.size())}, mx::int32), "string");
     }
     ++index;
   }
@@ -216,21 +305,34 @@ Caches load_prompt_file(const fs::path& file, const arch::Model& model) {
   const auto checkpoint = weights::load_safetensors(file);
   const auto sections = read_sections(file, checkpoint.metadata);
   const bool older = is_older_layout(sections);
-  const auto list = older ? read_older(file, checkpoint.tensors, sections) : read_new(file, checkpoint.tensors, sections);
+  const auto layers = older ? read_older(file, checkpoint.tensors, sections) : read_new(file, checkpoint.tensors, sections);
   const auto shapes = layer_shapes(model);
-  const auto remembering = std::ranges::count_if(shapes, [](const LayerShape& s) { return s.layer.kind != plan::CacheKind::none; });
-  if (static_cast<std::size_t>(remembering) != list.size()) {
-    bad(file, fmt::format("got caches of {} layers, wanted {}; is it of another model?", list.size(), remembering));
+  std::set<int> remembering;
+  for (const auto& shape : shapes) {
+    if (shape.layer.kind != plan::CacheKind::none) remembering.insert(shape.layer.layer);
+  }
+  if (remembering.size() != layers.size()) {
+    bad(file, fmt::format("got caches of {} layers, wanted {}; is it of another model?", layers.size(), remembering.size()));
   }
   Caches caches;
   std::size_t next = 0;
-  for (const auto& shape : shapes) {
-    if (shape.layer.kind == plan::CacheKind::none) {
+  for (std::size_t i = 0, end = 0; i < shapes.size(); i = end) {
+    for (end = i + 1; end < shapes.size() && shapes[end].layer.layer == shapes[i].layer.layer;) ++end;
+    if (shapes[i].layer.kind == plan::CacheKind::none) {
       caches.push_back(nullptr);
       continue;
     }
-    caches.push_back(restore(list[next], shape, fmt::format("{}: cache {}", file.string(), next)));
-    ++next;
+    const auto& layer = layers[next];
+    const auto where = fmt::format("{}: cache {}", file.string(), next++);
+    if (layer.parts.size() != end - i || layer.list != (end - i > 1)) {
+      throw Error(
+          Code::bad_weights, where,
+          fmt::format("got {} of {}, wanted {}; is it of another model?", layer.list ? "a list" : "one", layer.parts.size(), end - i));
+    }
+    for (std::size_t part = i; part < end; ++part) {
+      const auto& stored = layer.parts[part - i];
+      caches.push_back(restore(stored, shapes[part], layer.list ? fmt::format("{}.{}", where, part - i) : where));
+    }
   }
   set_lengths(file, caches, sections[older ? 1 : 0]);
   return caches;
@@ -244,7 +346,8 @@ int prompt_tokens(const Caches& caches) {
 
 void check_prompt_quantization(const Caches& caches, int bits, int group_size) {
   for (const auto& c : caches) {
-    const auto* held = dynamic_cast<const QuantizedCache*>(c.get());
+    const auto* attention = dynamic_cast<const AttentionCache*>(c.get());
+    const auto* held = attention == nullptr ? nullptr : dynamic_cast<const QuantizedCache*>(&attention->inner());
     if (held == nullptr) continue;
     if (bits != 0 && bits != held->bits()) {
       throw Error(Code::bad_request, "--kv-bits", fmt::format("got {}, but the prompt cache is quantized to {} bits", bits, held->bits()));

@@ -13,14 +13,15 @@ namespace mlxlm::cache {
 /** What the writer notes beside the caches; mlx_lm and this program write "model" (name or path) and "tokenizer_config" (JSON). */
 using PromptMetadata = std::map<std::string, std::string>;
 
-/** Writes beside `file` and renames. Layers that remember nothing have no entry, as in mlx_lm. Throws Error(io), Error(unsupported). */
-void save_prompt_file(const std::filesystem::path& file, const Caches& caches, PromptMetadata metadata);
+/** Writes beside `file` and renames. Layers that remember nothing have no entry, those that remember several things a CacheList, as in
+ * mlx_lm. Throws Error(io), Error(unsupported). */
+void save_prompt_file(const std::filesystem::path& file, const Caches& caches, const arch::Model& model, PromptMetadata metadata);
 
 /** Reads the header only: which model a file is of, before that model is loaded. */
 PromptMetadata read_prompt_metadata(const std::filesystem::path& file);
 
-/** The caches of a file in the layout of mlx_lm 0.32 or in the one before it, in memory of their own: one a layer of `model`, null where a
- * layer remembers nothing. Throws Error(bad_weights) when the file is broken, contradicts itself or is of a model with other shapes;
+/** The caches of a file in the layout of mlx_lm 0.32 or in the one before it, in memory of their own: as
+ * plan::cache_layout(model). Throws Error(bad_weights) when the file is broken, contradicts itself or is of a model with other shapes;
  * Error(unsupported) for classes that no model of this program uses. */
 Caches load_prompt_file(const std::filesystem::path& file, const arch::Model& model);
 

@@ -173,8 +173,8 @@ void check_quantization(const arch::Model& model, const Quantization& wanted) {
     for (const int dims : {shapes[i].kv->key_dims, shapes[i].kv->value_dims}) {
       if (dims % wanted.group_size == 0) continue;
       throw Error(Code::bad_request, "kv_group_size",
-                  fmt::format("got {}, wanted a divisor of the {} numbers that layer {} keeps for a head{}", wanted.group_size, dims, i,
-                              dims % 32 == 0 ? "" : "; this model's cache cannot be quantized"));
+                  fmt::format("got {}, wanted a divisor of the {} numbers that layer {} keeps for a head{}", wanted.group_size, dims,
+                              shapes[i].layer.layer, dims % 32 == 0 ? "" : "; this model's cache cannot be quantized"));
     }
   }
 }

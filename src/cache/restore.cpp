@@ -22,13 +22,18 @@ class Reader {
   CachePtr read() const {
     const auto& kind = stored_.kind;
     const bool recurrent = kind == "ArraysCache";
+    const bool chunked = kind == "ChunkedKVCache" || kind == "QuantizedChunkedKVCache";
     const bool attention =
-        kind == "KVCache" || kind == "RotatingKVCache" || kind == "QuantizedKVCache" || kind == "QuantizedRotatingKVCache";
+        chunked || kind == "KVCache" || kind == "RotatingKVCache" || kind == "QuantizedKVCache" || kind == "QuantizedRotatingKVCache";
     if (!recurrent && !attention) throw Error(Code::unsupported, where_, "class '" + kind.substr(0, 60) + "' is not supported");
     if (recurrent != (wanted_.layer.kind == plan::CacheKind::recurrent)) {
       bad(fmt::format("got a {}, wanted one for {}; is it of another model?", kind, recurrent ? "attention" : "a recurrent layer"));
     }
     if (recurrent) return arrays_cache();
+    if (chunked != (wanted_.layer.kind == plan::CacheKind::chunked)) {
+      bad(fmt::format("got a {}, wanted one {} chunks; is it of another model?", kind, chunked ? "without" : "for"));
+    }
+    if (chunked) return chunked_cache();
     if (kind == "KVCache") return kv_cache();
     if (kind == "RotatingKVCache") return rotating_cache();
     return kind == "QuantizedKVCache" ? quantized_cache() : quantized_rotating_cache();
@@ -91,6 +96,38 @@ class Reader {
 
   void check_offset(int offset, int rows) const {
     if (offset > rows) bad(fmt::format("offset {} is beyond the {} tokens that are stored", offset, rows));
+  }
+
+  /** The reference keeps rows of the chunk before, too, and room for more behind the last. */
+  CachePtr chunked_cache() const {
+    const bool quantized = stored_.kind == "QuantizedChunkedKVCache";
+    const int offset = number("2", "offset"), chunk = number("3", "chunk_size"), start = number("4", "start_position");
+    if (chunk != wanted_.layer.window_tokens) {
+      bad(fmt::format("got chunks of {} tokens, wanted {}; is it of another model?", chunk, wanted_.layer.window_tokens));
+    }
+    const int begin = offset - offset % chunk, used = offset - begin;
+    if (start > offset || (used > 0 && start > begin)) {
+      bad(fmt::format("offset {} and start_position {} leave out tokens of a chunk of {}", offset, start, chunk));
+    }
+    std::unique_ptr<AttentionCache> rows;
+    Planes parts;
+    std::optional<Quantization> q;
+    if (quantized) {
+      q = quantization("5", "6");
+      parts = planes(*q);
+    } else if (const auto held = keys_and_values()) {
+      parts = {held->first, held->second};
+    }
+    check_offset(offset - start, parts.empty() ? 0 : parts[0].shape(2));
+    if (used == 0) parts.clear();
+    for (auto& part : parts) part = deep(cache::rows(part, begin - start, offset - start));
+    if (q)
+      rows = std::make_unique<QuantizedKvCache>(q->bits, q->group_size, std::move(parts), used);
+    else if (parts.empty())
+      rows = std::make_unique<KvCache>();
+    else
+      rows = KvCache::restored(parts[0], parts[1], used);
+    return std::make_unique<ChunkedKvCache>(chunk, begin, std::move(rows));
   }
 
   Ring ring(int rows) const {

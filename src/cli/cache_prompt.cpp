@@ -92,7 +92,8 @@ int run(const Arguments& a) {
   fmt::print("\n");
   if (!complete) return exit_status(Code::cancelled);
   fmt::print("Peak memory: {:.3f} GB\nSaving...\n", gen::peak_memory_gb());
-  cache::save_prompt_file(a.file, caches, {{"model", name}, {"tokenizer_config", to_text(tokenizer_config)}});
+  cache::save_prompt_file(a.file, caches, session.loaded.model->description(),
+                          {{"model", name}, {"tokenizer_config", to_text(tokenizer_config)}});
   return 0;
 }
 

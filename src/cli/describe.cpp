@@ -31,6 +31,8 @@ const char* cache_name(plan::CacheKind kind) {
       return "full";
     case plan::CacheKind::rotating:
       return "rotating";
+    case plan::CacheKind::chunked:
+      return "chunked";
     case plan::CacheKind::recurrent:
       return "recurrent";
   }

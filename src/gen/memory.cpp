@@ -100,8 +100,8 @@ int64_t bytes_of(const arch::Model& model, int64_t tokens, const CacheSizes& siz
   double bytes = 0;
   for (const auto& layer : plan::cache_layout(model)) {
     int64_t held = tokens;
-    if (layer.kind == plan::CacheKind::rotating) held = std::min<int64_t>(held, layer.window_tokens);
-    if (sizes.max_kv_size_tokens > 0) held = std::min<int64_t>(held, sizes.max_kv_size_tokens);
+    if (layer.window_tokens > 0) held = std::min<int64_t>(held, layer.window_tokens);
+    if (sizes.max_kv_size_tokens > 0 && layer.kind != plan::CacheKind::chunked) held = std::min<int64_t>(held, sizes.max_kv_size_tokens);
     // A group has its codes, a scale and a bias.
     const double per_value = quantized ? q.bits / 8.0 + 2.0 * sizes.value_bytes / q.group_size : sizes.value_bytes;
     bytes += static_cast<double>(layer.values_fixed) * state_value_bytes +

@@ -271,7 +271,8 @@ void PrefixFiles::save_or_throw(engine::CacheId cache, std::span<const int> toke
   const auto hash = hash_bytes(tokens.data(), tokens.size_bytes(), hash_bytes(fingerprint_.data(), fingerprint_.size()));
   const auto name = fmt::format("prefix-{:016x}.safetensors", hash);
   const auto path = options_.folder / name;
-  cache::save_prompt_file(path, caches, {{model_key, fingerprint_}, {tokens_key, text}, {trimmable_key, trimmable ? "1" : "0"}});
+  cache::save_prompt_file(path, caches, model_.description(),
+                          {{model_key, fingerprint_}, {tokens_key, text}, {trimmable_key, trimmable ? "1" : "0"}});
   held_.insert_or_assign(name, Held{{tokens.begin(), tokens.end()}, trimmable, static_cast<int64_t>(fs::file_size(path))});
 }
 

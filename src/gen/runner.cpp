@@ -146,20 +146,25 @@ void ModelRunner::check(std::span<const int> tokens, const engine::Sampling& sam
  * both are there. What cannot forget is copied before it sees a draft. A draft model has caches of its own. */
 int64_t ModelRunner::cost_bytes(int64_t tokens, const engine::CacheOptions& o) const {
   const auto layout = plan::cache_layout(model_.description());
+  const auto grown_rows = [](int64_t held) {
+    return held <= kBlockTokens ? kBlockTokens : (held * 3 / 2 + kBlockTokens) / kBlockTokens * kBlockTokens;
+  };
   const auto bytes_of = [&](int64_t held, bool quantized) {
-    const int64_t grown = held <= kBlockTokens ? kBlockTokens : (held * 3 / 2 + kBlockTokens) / kBlockTokens * kBlockTokens;
     int64_t bytes = 0;
     for (std::size_t i = 0; i < layout.size(); ++i) {
+      const bool chunked = layout[i].kind == plan::CacheKind::chunked;
       int64_t limit = layout[i].kind == plan::CacheKind::rotating ? layout[i].window_tokens : 0;
-      if (o.max_kv_size_tokens > 0) limit = limit > 0 ? std::min<int64_t>(limit, o.max_kv_size_tokens) : o.max_kv_size_tokens;
+      if (o.max_kv_size_tokens > 0 && !chunked) limit = limit > 0 ? std::min<int64_t>(limit, o.max_kv_size_tokens) : o.max_kv_size_tokens;
       const auto step =
           std::max(o.max_kv_size_tokens > 0 || o.kv_bits > 0 ? limited_chunk_tokens_ : chunk_tokens_, o.with_drafts ? kBlockTokens : 0);
-      const auto rows = limit > 0 ? std::min(held + kBlockTokens, limit + step) : grown;
+      const auto rows = chunked     ? grown_rows(std::min<int64_t>(held, layout[i].window_tokens))
+                        : limit > 0 ? std::min(held + kBlockTokens, limit + step)
+                                    : grown_rows(held);
       const auto values = rows * layout[i].values_per_token;
       // A group has its codes, a scale and a bias.
       const auto kept =
           quantized ? values * o.kv_bits / 8 + values / o.kv_group_size * 2 * layer_value_bytes_[i] : values * layer_value_bytes_[i];
-      const bool copied = o.with_drafts && (limit > 0 || layer_fixed_bytes_[i] > 0);
+      const bool copied = o.with_drafts && (limit > 0 || chunked || layer_fixed_bytes_[i] > 0);
       bytes += (kept + layer_fixed_bytes_[i]) * (copied ? 2 : 1);
     }
     return bytes;
@@ -236,8 +241,8 @@ const cache::Caches& ModelRunner::caches(engine::CacheId cache) {
 }
 
 engine::CacheId ModelRunner::adopt(cache::Caches caches) {
-  if (caches.size() != model_.description().layers.size()) {
-    throw Error(Code::bad_request, "cache", fmt::format("has {} layers, wanted {}", caches.size(), model_.description().layers.size()));
+  if (caches.size() != layer_shapes_.size()) {
+    throw Error(Code::bad_request, "cache", fmt::format("got caches of {} layers, wanted {}", caches.size(), layer_shapes_.size()));
   }
   int tokens = 0;
   for (const auto& c : caches) tokens = c ? std::max(tokens, c->offset()) : tokens;

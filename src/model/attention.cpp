@@ -58,13 +58,14 @@ class AttentionBlock final : public Mixer {
       own = mx::reshape(columns(both, 0, op_.head_dim), {1, length, q});
       gate = mx::reshape(columns(both, op_.head_dim, 2 * op_.head_dim), {1, length, q});
     }
-    const auto queries = rotation_(heads(own, op_.heads, q_norm_), offset);
+    const auto queries = tempered(rotation_(heads(own, op_.heads, q_norm_), offset), offset);
     const auto keys = rotation_(heads(columns(qkv, wide, wide + kv), op_.kv_heads, k_norm_), offset);
     const auto values = mx::transpose(split(columns(qkv, wide + kv, wide + 2 * kv), op_.kv_heads), {0, 2, 1, 3});
     // One new token sees all that a rotating cache holds.
     int window = op_.window.value_or(0);
     if (const int kept = held != nullptr ? held->max_size() : 0; kept > 0) window = length == 1 ? 0 : window > 0 ? window : kept;
-    const auto mixed = attend(queries, keys, values, held, scale_, window, op_.softcap);
+    if (held != nullptr) held->make_room(length);
+    const auto mixed = attend(queries, keys, values, held != nullptr ? &held->inner() : nullptr, scale_, window, op_.softcap);
     return gate ? mx::multiply(mixed, mx::sigmoid(*gate)) : mixed;
   }
 
@@ -73,6 +74,15 @@ class AttentionBlock final : public Mixer {
   mx::array heads(const mx::array& x, int count, const std::optional<NormBlock>& norm) const {
     if (!norm) return split(x, count);
     return op_.norm_full_width ? split((*norm)(x), count) : (*norm)(split(x, count));
+  }
+
+  /** q [1,H,L,E]. Reference: mlx_lm/models/llama4.py attn_scales */
+  mx::array tempered(const mx::array& q, int offset) const {
+    if (op_.temperature == 0.f) return q;
+    std::vector<float> scales;
+    for (int l = 0; l < q.shape(2); ++l) scales.push_back(arch::query_scale(op_.temperature, op_.temperature_tokens, offset + l));
+    const auto by_position = mx::array(scales.data(), {q.shape(2), 1}, mx::float32);
+    return mx::astype(mx::multiply(q, by_position), q.dtype());
   }
 
   arch::Attention op_;

@@ -63,7 +63,7 @@ class NormBlock {
   std::optional<mx::array> weight_, bias_;
 };
 
-/** A sequence's tokens in a step, and its cache of the layer at hand; null when nothing is remembered. */
+/** A sequence's tokens in a step, and its cache of the op at hand; null when nothing is remembered. */
 struct Part {
   int tokens;
   cache::Cache* cache;

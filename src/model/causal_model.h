@@ -47,8 +47,8 @@ class CausalModel {
   virtual int64_t weight_bytes() const = 0;
 };
 
-/** Throws Error(internal) when a caller's segments contradict each other, the tokens or the model. */
-void check_segments(const mx::array& tokens, const std::vector<Segment>& segments, const arch::Model& description);
+/** Throws Error(internal) when a caller's segments contradict each other, the tokens or the number of caches that a sequence has. */
+void check_segments(const mx::array& tokens, const std::vector<Segment>& segments, int caches);
 
 /** How a description runs: `best` is the fused executor where it has kernels for every op (docs/architecture.md), else the graph. */
 enum class Executor { best, graph };

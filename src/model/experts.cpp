@@ -29,9 +29,11 @@ class MoeBlock final : public Block {
   mx::array operator()(const mx::array& x, const Parts&) override {
     const auto flat = mx::reshape(x, {-1, x.shape(2)});
     const auto chosen = nn::route((*router_)(flat), op_, correction_);
-    const auto input = into_latent_ ? (*into_latent_)(flat) : flat;
+    auto input = into_latent_ ? (*into_latent_)(flat) : flat;
+    if (op_.weigh_input) input = mx::multiply(input, mx::astype(chosen[1], input.dtype()));                        // [T,1]
     const auto outputs = down_->gather(hidden(up_->gather(input, chosen[0], false), op_.gated), chosen[0], true);  // [T,k,D]
-    auto y = mx::astype(mx::sum(mx::multiply(outputs, mx::expand_dims(chosen[1], -1)), 1), x.dtype());
+    const auto weighed = op_.weigh_input ? outputs : mx::multiply(outputs, mx::expand_dims(chosen[1], -1));
+    auto y = mx::astype(mx::sum(weighed, 1), x.dtype());
     if (from_latent_) y = (*from_latent_)(y);
     if (shared_up_) {
       const auto shared = (*shared_down_)(hidden((*shared_up_)(flat), op_.shared_gated));

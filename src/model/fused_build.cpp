@@ -31,7 +31,9 @@ class Fuser {
     program->head = parts_.head->eager();
     if (program->head.parts.empty()) return nullptr;
     for (std::size_t i = 0; i < model_.layers.size(); ++i) {
+      const int first = program->caches;
       for (const auto& step : model_.layers[i]) program->steps.push_back(fuse_step(step, static_cast<int>(i)));
+      program->caches = std::max(program->caches, first + 1);
     }
     program->final_norm = norm(model_.final_norm, model_.root + ".");
     return supported_ ? program : nullptr;
@@ -83,8 +85,9 @@ class Fuser {
     made.scale = step.scale;
     for (const auto& op : step.ops) {
       if (!supported_) break;
+      const int cache = plan::remembers(op) ? program_->caches++ : -1;
       if (const auto* a = std::get_if<arch::Attention>(&op))
-        made.ops.push_back(attention(*a, at, layer));
+        made.ops.push_back(attention(*a, at, cache));
       else if (const auto* g = std::get_if<arch::Glu>(&op))
         made.ops.push_back(glu(*g, at));
       else if (const auto* m = std::get_if<arch::Mlp>(&op))
@@ -92,25 +95,25 @@ class Fuser {
       else if (const auto* e = std::get_if<arch::Moe>(&op))
         made.ops.push_back(experts(*e, at));
       else if (const auto* l = std::get_if<arch::Mla>(&op))
-        made.ops.push_back(latent(*l, at, layer));
+        made.ops.push_back(latent(*l, at, cache));
       else if (const auto* s = std::get_if<arch::Mamba2>(&op))
-        made.ops.push_back(mamba(*s, at, layer));
+        made.ops.push_back(mamba(*s, at, cache));
       else if (const auto* c = std::get_if<arch::ShortConv>(&op))
-        made.ops.push_back(short_conv(*c, at, layer));
+        made.ops.push_back(short_conv(*c, at, cache));
       else if (const auto* d = std::get_if<arch::GatedDelta>(&op))
-        made.ops.push_back(gated_delta(*d, at, layer));
+        made.ops.push_back(gated_delta(*d, at, cache));
       else
         supported_ = false;
     }
     return made;
   }
 
-  FusedLatent latent(const arch::Mla& op, const std::string& layer_at, int layer) {
+  FusedLatent latent(const arch::Mla& op, const std::string& layer_at, int cache) {
     const std::string at = layer_at + op.at + ".";
     const arch::Norm inner{.eps = op.norm_eps};
     FusedLatent made{
         .heads = op.heads, .latent = op.kv_lora, .nope = op.nope_dim, .rope = op.rope_dim, .value = op.v_dim, .scale = op.scale};
-    made.memory.layer = layer;
+    made.memory.cache = cache;
     made.memory.kv_heads = 1;
     made.memory.latent = true;
     made.memory.head_dim = op.kv_lora;
@@ -134,33 +137,33 @@ class Fuser {
     return made;
   }
 
-  FusedMamba mamba(const arch::Mamba2& op, const std::string& layer_at, int layer) {
+  FusedMamba mamba(const arch::Mamba2& op, const std::string& layer_at, int cache) {
     const std::string at = layer_at + op.at + ".";
     FusedMamba made{.spec = op};
     made.in = map(at + "in_proj");
     made.out = map(at + "out_proj");
     made.conv = conv(at + "conv1d", op.conv, op.conv_bias);
     made.conv.silu = true;
-    made.memory = {layer, {{1, op.conv - 1, made.conv.channels}, {1, op.heads, op.head_dim, op.state}}};
+    made.memory = {cache, {{1, op.conv - 1, made.conv.channels}, {1, op.heads, op.head_dim, op.state}}};
     made.dt_bias = vector(at + "dt_bias");
     made.decay = vector(at + "A_log");
     for (auto& a : made.decay) a = -std::exp(a);
     made.skip = vector(at + "D");
-    made.norm = vector(at + "norm.weight");
+    if (op.norm_group > 0) made.norm = vector(at + "norm.weight");
     return made;
   }
 
-  FusedShortConv short_conv(const arch::ShortConv& op, const std::string& layer_at, int layer) {
+  FusedShortConv short_conv(const arch::ShortConv& op, const std::string& layer_at, int cache) {
     const std::string at = layer_at + op.at + ".";
     FusedShortConv made;
     made.in = map(at + "in_proj");
     made.out = map(at + "out_proj");
     made.conv = conv(at + "conv", op.conv, op.bias);
-    made.memory = {layer, {{1, op.conv - 1, op.width}}};
+    made.memory = {cache, {{1, op.conv - 1, op.width}}};
     return made;
   }
 
-  FusedGatedDelta gated_delta(const arch::GatedDelta& op, const std::string& layer_at, int layer) {
+  FusedGatedDelta gated_delta(const arch::GatedDelta& op, const std::string& layer_at, int cache) {
     const std::string at = layer_at + op.at + ".";
     const float scale = 1.f / std::sqrt(float(op.key_dim));
     FusedGatedDelta made{.spec = op};
@@ -174,7 +177,7 @@ class Fuser {
     made.unit_q = {std::vector<float>(op.key_dim, scale * scale), op.unit_eps * scale * scale};
     made.unit_k = {std::vector<float>(op.key_dim, scale), op.unit_eps * scale * scale};
     made.norm = norm({.at = "norm", .eps = op.norm_eps}, at);
-    made.memory = {layer, {{1, op.conv - 1, op.channels()}, {1, op.value_heads, op.value_dim, op.key_dim}}};
+    made.memory = {cache, {{1, op.conv - 1, op.channels()}, {1, op.value_heads, op.value_dim, op.key_dim}}};
     return made;
   }
 
@@ -217,16 +220,18 @@ class Fuser {
     return made;
   }
 
-  FusedAttention attention(const arch::Attention& op, const std::string& layer_at, int layer) {
+  FusedAttention attention(const arch::Attention& op, const std::string& layer_at, int cache) {
     const std::string at = layer_at + op.at + ".";
     FusedAttention made;
-    made.layer = layer;
+    made.cache = cache;
     made.heads = op.heads;
     made.kv_heads = op.kv_heads;
     made.head_dim = made.value_dim = op.head_dim;
     made.window = op.window.value_or(0);
     made.scale = op.scale != 0.f ? op.scale : 1.f / std::sqrt(float(op.head_dim));
     made.softcap = op.softcap;
+    made.temperature = op.temperature;
+    made.temperature_tokens = op.temperature_tokens;
     made.norm_full_width = op.norm_full_width;
     made.gated = op.gated;
     made.rotation = rotation(op.rope);

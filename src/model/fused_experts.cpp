@@ -94,7 +94,11 @@ void Program::experts(const FusedExperts& op, const FusedStep& step, int rows, f
   float *hidden = hidden_.get(int64_t(rows) * k * wide), *outputs = spare_[3].get(int64_t(rows) * k * inner);
   cpu::eager_gather(
       op.up, rows, k, chosen.data(), false,
-      [&](int row, float* to) { std::memcpy(to, latent + int64_t(row) * inner, inner * sizeof(float)); }, exact(), hidden, wide);
+      [&](int row, float* to) {
+        const float *from = latent + int64_t(row) * inner, weight = spec.weigh_input ? weights[row] : 1.f;
+        for (int i = 0; i < inner; ++i) to[i] = from[i] * weight;
+      },
+      exact(), hidden, wide);
   cpu::eager_gather(
       op.down, rows, k, chosen.data(), true,
       [&](int row, float* to) {
@@ -104,7 +108,10 @@ void Program::experts(const FusedExperts& op, const FusedStep& step, int rows, f
       exact(), outputs, inner);
   const auto combine = [&](int row, float* to) {
     std::fill_n(to, inner, 0.f);
-    for (int j = 0; j < k; ++j) cpu::isa().add_scaled(to, outputs + (int64_t(row) * k + j) * inner, weights[int64_t(row) * k + j], inner);
+    for (int j = 0; j < k; ++j) {
+      const float weight = spec.weigh_input ? 1.f : weights[int64_t(row) * k + j];
+      cpu::isa().add_scaled(to, outputs + (int64_t(row) * k + j) * inner, weight, inner);
+    }
   };
   if (spec.latent > 0)
     cpu::eager_map(op.from_latent, rows, combine, exact(), y, width);

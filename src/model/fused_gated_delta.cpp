@@ -52,7 +52,7 @@ void Program::gated_delta(const FusedGatedDelta& op, const FusedStep& step, cons
   cpu::eager_delta(static_cast<int>(chunk.pieces.size()) * heads, spec.value_dim, [&](int task) {
     const int p = task / heads, h = task % heads;
     const auto& piece = chunk.pieces[p];
-    const auto& place = sequences[piece.sequence].recurrent[op.memory.layer];
+    const auto& place = sequences[piece.sequence].recurrent[op.memory.cache];
     const int64_t row = first_row[p], state = int64_t(h) * spec.value_dim * spec.key_dim, group = h / (heads / spec.key_heads);
     cpu::DeltaHead s;
     s.q = mixed + row * channels + group * spec.key_dim;

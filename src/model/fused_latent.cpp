@@ -18,7 +18,7 @@ void Program::finish_latent(const FusedLatent& op, const Sequence& s, int positi
     }
     cpu::isa().rope(kv + op.latent, 1, op.rope, cosines, sines, pairs, r.rope.traditional, r.rope.input_scale);
   }
-  const auto& plan = s.layers[op.memory.layer]->plan;
+  const auto& plan = s.memories[op.memory.cache]->plan;
   const auto storage = cpu::storage_of(plan.keys.dtype());
   const auto item = static_cast<int64_t>(mx::size_of(plan.keys.dtype()));
   const int64_t at = plan.write_at + position;
@@ -80,7 +80,7 @@ void Program::attend_in_latent(const FusedLatent& op, const std::vector<Sequence
   std::vector<cpu::LatentAttention> parts;
   int64_t at = 0;
   for (const auto& piece : chunk.pieces) {
-    const auto& memory = *sequences[piece.sequence].layers[op.memory.layer];
+    const auto& memory = *sequences[piece.sequence].memories[op.memory.cache];
     const int tokens = sequences[piece.sequence].tokens;
     parts.push_back({absorbed + at * op.heads * wide,
                      mixed + at * op.heads * op.latent,
@@ -94,7 +94,7 @@ void Program::attend_in_latent(const FusedLatent& op, const std::vector<Sequence
       parts.back().shared.push_back({shared->keys.data<void>(), shared->values.data<void>(), shared->rows});
     at += piece.count;
   }
-  const auto storage = cpu::storage_of(sequences[chunk.pieces[0].sequence].layers[op.memory.layer]->plan.keys.dtype());
+  const auto storage = cpu::storage_of(sequences[chunk.pieces[0].sequence].memories[op.memory.cache]->plan.keys.dtype());
   cpu::eager_latent_attention(parts, {op.heads, op.latent, op.rope, op.scale, storage});
 }
 

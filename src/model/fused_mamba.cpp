@@ -21,7 +21,7 @@ void Program::mamba(const FusedMamba& op, const FusedStep& step, const std::vect
   cpu::in_parallel(static_cast<int>(chunk.pieces.size()) * heads, [&](int task) {
     const int p = task / heads, h = task % heads;
     const auto& piece = chunk.pieces[p];
-    const auto& place = sequences[piece.sequence].recurrent[op.memory.layer];
+    const auto& place = sequences[piece.sequence].recurrent[op.memory.cache];
     const int64_t row = first_row[p], state = int64_t(h) * spec.head_dim * spec.state, group = h / (heads / spec.groups);
     cpu::ScanHead s;
     s.x = mixed + row * channels + h * spec.head_dim;
@@ -44,9 +44,15 @@ void Program::mamba(const FusedMamba& op, const FusedStep& step, const std::vect
   cpu::eager_map(
       op.out, rows,
       [&](int row, float* to) {
-        cpu::isa().silu_mul(projected + int64_t(row) * wide, scanned + int64_t(row) * inner, to, inner);
-        for (int g = 0; g < inner; g += spec.norm_group)
-          cpu::isa().rms_norm(to + g, op.norm.data() + g, spec.norm_eps, spec.norm_group, to + g);
+        const auto normalize = [&](const float* from) {
+          for (int g = 0; g < inner; g += spec.norm_group)
+            cpu::isa().rms_norm(from + g, op.norm.data() + g, spec.norm_eps, spec.norm_group, to + g);
+        };
+        const float *gate = projected + int64_t(row) * wide, *made = scanned + int64_t(row) * inner;
+        const bool first = spec.norm_group > 0 && spec.norm_before_gate;
+        if (first) normalize(made);
+        cpu::isa().silu_mul(gate, first ? to : made, to, inner);
+        if (spec.norm_group > 0 && !first) normalize(to);
       },
       exact(), y, width);
 }

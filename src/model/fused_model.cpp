@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "kernels/cpu/kernel.h"
 #include "kernels/cpu/rows.h"
+#include "model/chunked_calls.h"
 #include "model/fused_program.h"
 
 namespace mlxlm::model {
@@ -36,7 +37,7 @@ void Program::run(const std::vector<mx::array>& in, const std::vector<Sequence>&
   in_ = &in;
   out_ = &out;
   for (const auto& s : sequences) {
-    for (const auto& memory : s.layers) {
+    for (const auto& memory : s.memories) {
       if (memory && memory->quantized && !memory->quantized->copies.empty()) {
         const auto& q = *memory->quantized;
         for (std::size_t i = 0; i < q.planes.size(); ++i) {
@@ -98,9 +99,13 @@ void Program::finish_qkv(const FusedAttention& op, const Sequence& s, const Piec
     const float *cosines = cosines_[op.rotation].data() + int64_t(row) * pairs, *sines = sines_[op.rotation].data() + int64_t(row) * pairs;
     cpu::isa().rope(qkv, op.heads + op.kv_heads, op.head_dim, cosines, sines, pairs, r.rope.traditional, r.rope.input_scale);
   }
-  const auto& plan = s.layers[op.layer]->plan;
-  if (s.layers[op.layer]->quantized)
-    return store_quantized(op, *s.layers[op.layer], plan.write_at + piece.first + l, qkv + q, qkv + q + kv);
+  if (op.temperature != 0.f) {
+    const float scale = arch::query_scale(op.temperature, op.temperature_tokens, s.offset + piece.first + l);
+    for (int i = 0; i < q; ++i) qkv[i] *= scale;
+  }
+  const auto& plan = s.memories[op.cache]->plan;
+  if (s.memories[op.cache]->quantized)
+    return store_quantized(op, *s.memories[op.cache], plan.write_at + piece.first + l, qkv + q, qkv + q + kv);
   const auto storage = cpu::storage_of(plan.keys.dtype());
   const int64_t row_bytes = op.head_dim * static_cast<int64_t>(mx::size_of(plan.keys.dtype())), capacity = plan.keys.shape(2);
   for (int h = 0; h < op.kv_heads; ++h) {
@@ -146,7 +151,7 @@ void Program::attention(const FusedAttention& op, const FusedStep& step, const s
   int at = 0;
   for (std::size_t p = 0; p < chunk.pieces.size(); ++p) {
     const auto& piece = chunk.pieces[p];
-    const auto& memory = *sequences[piece.sequence].layers[op.layer];
+    const auto& memory = *sequences[piece.sequence].memories[op.cache];
     const int tokens = sequences[piece.sequence].tokens;
     std::fill(piece_of.begin() + at, piece_of.begin() + at + piece.count, &piece);
     first_row[p] = at;
@@ -197,7 +202,7 @@ static_assert(cache::shared_block_rows % cpu::attention_block == 0);
 class FusedModel final : public CausalModel {
  public:
   FusedModel(std::unique_ptr<CausalModel> graph, std::shared_ptr<Program> program)
-      : graph_(std::move(graph)), program_(std::move(program)) {
+      : graph_(std::move(graph)), program_(std::move(program)), chunks_(graph_->description()) {
     for (const auto& step : program_->steps) {
       for (const auto& op : step.ops) {
         if (const auto* a = std::get_if<FusedAttention>(&op)) attentions_.push_back(a);
@@ -210,7 +215,8 @@ class FusedModel final : public CausalModel {
   }
 
   mx::array run(const mx::array& tokens, const std::vector<Segment>& segments) override {
-    check_segments(tokens, segments, description());
+    check_segments(tokens, segments, program_->caches);
+    if (chunks_.cross(segments)) return chunks_.run(*this, tokens, segments);
     if (!served(segments)) return apart(tokens, segments);
     std::vector<Sequence> sequences;
     Outputs outputs{{mx::contiguous(mx::astype(tokens, mx::int32))}, {{0, program_->vocab}}, {program_->dtype}};
@@ -225,7 +231,7 @@ class FusedModel final : public CausalModel {
     for (std::size_t i = 0; i < segments.size(); ++i) set_states(segments[i], sequences[i], made);
     for (const auto& segment : segments) {
       if (segment.caches == nullptr || segment.caches->empty()) continue;
-      for (const auto* a : attentions_) static_cast<cache::AttentionCache&>(*(*segment.caches)[a->layer]).set_written(logits);
+      for (const auto* a : attentions_) static_cast<cache::AttentionCache&>(*(*segment.caches)[a->cache]).inner().set_written(logits);
     }
     return logits;
   }
@@ -244,7 +250,7 @@ class FusedModel final : public CausalModel {
 
   static cache::RecurrentCache* recurrent_cache(const Segment& segment, const FusedState& state) {
     if (segment.caches == nullptr || segment.caches->empty()) return nullptr;
-    auto* held = dynamic_cast<cache::RecurrentCache*>((*segment.caches)[state.layer].get());
+    auto* held = dynamic_cast<cache::RecurrentCache*>((*segment.caches)[state.cache].get());
     if (held == nullptr || held->slots() != static_cast<int>(state.shapes.size()))
       throw Error(Code::internal, "recurrent layer", "got the cache of another kind of layer");
     return held;
@@ -259,11 +265,11 @@ class FusedModel final : public CausalModel {
 
   void plan_states(const Segment& segment, Sequence& s, Outputs& outputs) const {
     if (states_.empty()) return;
-    s.recurrent.resize(description().layers.size());
+    s.recurrent.resize(program_->caches);
     for (const auto* state : states_) {
       const auto* held = recurrent_cache(segment, *state);
       const int slots = static_cast<int>(state->shapes.size());
-      auto& place = s.recurrent[state->layer];
+      auto& place = s.recurrent[state->cache];
       place.out = static_cast<int>(outputs.shapes.size());
       bool filled = held != nullptr;
       for (int i = 0; i < slots && filled; ++i) filled = held->slot(i).has_value();
@@ -283,7 +289,7 @@ class FusedModel final : public CausalModel {
     for (const auto* state : states_) {
       auto* held = recurrent_cache(segment, *state);
       if (held == nullptr) continue;
-      for (int i = 0; i < held->slots(); ++i) held->set_slot(i, made[s.recurrent[state->layer].out + i]);
+      for (int i = 0; i < held->slots(); ++i) held->set_slot(i, made[s.recurrent[state->cache].out + i]);
       held->advance(segment.tokens);
     }
   }
@@ -318,9 +324,9 @@ class FusedModel final : public CausalModel {
     for (const auto& segment : segments) {
       if (segment.caches == nullptr || segment.caches->empty()) continue;
       for (const auto* a : attentions_) {
-        const auto* held = dynamic_cast<cache::AttentionCache*>((*segment.caches)[a->layer].get());
-        const bool planned =
-            held != nullptr && (held->plans_writes() || (!a->latent && dynamic_cast<const cache::QuantizedKvCache*>(held) != nullptr));
+        auto* held = dynamic_cast<cache::AttentionCache*>((*segment.caches)[a->cache].get());
+        const bool planned = held != nullptr && (held->inner().plans_writes() ||
+                                                 (!a->latent && dynamic_cast<const cache::QuantizedKvCache*>(&held->inner()) != nullptr));
         if (!planned) return false;
       }
     }
@@ -328,22 +334,24 @@ class FusedModel final : public CausalModel {
   }
 
   Sequence plan(const Segment& segment) const {
-    Sequence s{segment.tokens, segment.wanted_rows, 0, std::vector<std::optional<Memory>>(description().layers.size()), {}};
+    Sequence s{segment.tokens, segment.wanted_rows, 0, std::vector<std::optional<Memory>>(program_->caches), {}};
     for (const auto* a : attentions_) {
       const cache::KvShape shape{a->kv_heads, a->head_dim, a->value_dim, program_->dtype};
       if (segment.caches == nullptr || segment.caches->empty()) {
         cache::KvCache none;
-        s.layers[a->layer] = {none.plan_write(segment.tokens, shape), a->window, {}};
+        s.memories[a->cache] = {none.plan_write(segment.tokens, shape), a->window, {}};
         continue;
       }
-      auto& held = static_cast<cache::AttentionCache&>(*(*segment.caches)[a->layer]);
-      s.offset = held.offset();
+      auto& whole = static_cast<cache::AttentionCache&>(*(*segment.caches)[a->cache]);
+      s.offset = whole.offset();
+      whole.make_room(segment.tokens);
+      auto& held = whole.inner();
       if (auto* quantized = dynamic_cast<cache::QuantizedKvCache*>(&held)) {
         const auto planned = quantized->plan_quantized(segment.tokens, shape);
         cache::WritePlan where{planned.planes[1], planned.planes[1]};
         where.write_at = planned.write_at;
         where.visible_rows = planned.visible_rows;
-        s.layers[a->layer] = {std::move(where), a->window, planned};
+        s.memories[a->cache] = {std::move(where), a->window, planned};
         continue;
       }
       // Latents are read as one array.
@@ -351,7 +359,7 @@ class FusedModel final : public CausalModel {
       const auto* rotating = dynamic_cast<cache::RotatingKvCache*>(&held);
       int window = a->window;
       if (rotating != nullptr) window = segment.tokens == 1 ? 0 : window > 0 ? window : rotating->max_size();
-      s.layers[a->layer] = {held.plan_write(segment.tokens, shape), window, {}};
+      s.memories[a->cache] = {held.plan_write(segment.tokens, shape), window, {}};
     }
     return s;
   }
@@ -360,6 +368,7 @@ class FusedModel final : public CausalModel {
   std::shared_ptr<Program> program_;
   std::vector<const FusedAttention*> attentions_;
   std::vector<const FusedState*> states_;
+  ChunkedCalls chunks_;
 };
 
 }  // namespace

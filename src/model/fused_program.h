@@ -30,9 +30,11 @@ struct FusedNorm {
 };
 
 struct FusedAttention {
-  int layer = 0;  // whose cache it uses
+  int cache = 0;  // its place in a sequence's caches
   int heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0, window = 0, rotation = -1;
   float scale = 1.f, softcap = 0.f;
+  float temperature = 0.f;  // as in arch::Attention
+  int temperature_tokens = 1;
   bool latent = false;  // key and value are the two parts of a latent key
   bool norm_full_width = false;
   bool gated = false;  // the projection's queries come with gates: of each head, the query and then the gate
@@ -70,9 +72,9 @@ struct FusedConv {
   bool silu = false;                    // of the sum
 };
 
-/** Whose cache a recurrent op uses, and the arrays in it: the convolution's tail comes first. */
+/** Which of a sequence's caches a recurrent op uses, and the arrays in it: the convolution's tail comes first. */
 struct FusedState {
-  int layer = 0;
+  int cache = 0;
   std::vector<mx::Shape> shapes{};
 };
 
@@ -80,7 +82,7 @@ struct FusedMamba {
   FusedState memory{};
   arch::Mamba2 spec{};
   FusedConv conv{};
-  std::vector<float> dt_bias{}, decay{}, skip{}, norm{};  // decay = -exp(A_log)
+  std::vector<float> dt_bias{}, decay{}, skip{}, norm{};  // decay = -exp(A_log); norm: or none
   cpu::EagerMap in{}, out{};
   int inner() const { return spec.heads * spec.head_dim; }
 };
@@ -113,14 +115,14 @@ struct Rotary {
   std::vector<float> frequencies;
 };
 
-/** Where a sequence's keys and values of one layer lie during a step. */
+/** Where a sequence's keys and values of one op lie during a step. */
 struct Memory {
   cache::WritePlan plan;
   int window = 0;                                   // of a rotating cache, for several tokens at once
   std::optional<cache::QuantizedPlan> quantized{};  // then `plan` says where rows go, and nothing of the memory
 };
 
-/** Where a recurrent layer's state comes from and goes to: positions of the convolution's tail in the step's inputs (-1 = none yet) and
+/** Where a recurrent op's state comes from and goes to: positions of the convolution's tail in the step's inputs (-1 = none yet) and
  * outputs; the state itself, if there is one, comes next. */
 struct Recurrent {
   int in = -1, out = -1;
@@ -128,8 +130,8 @@ struct Recurrent {
 
 struct Sequence {
   int tokens, wanted_rows, offset;
-  std::vector<std::optional<Memory>> layers;
-  std::vector<Recurrent> recurrent{};  // one a layer, or none at all
+  std::vector<std::optional<Memory>> memories;  // as its caches
+  std::vector<Recurrent> recurrent{};           // as its caches, or none at all
 };
 
 /** Tokens [first, first + count) of a sequence in a chunk. */
@@ -146,7 +148,7 @@ class Program {
   cpu::EagerMap head;
   cpu::PackedMatrixPtr embedding;
   float embed_scale = 1.f, logit_scale = 1.f, logit_softcap = 0.f;
-  int width = 0, vocab = 0;
+  int width = 0, vocab = 0, caches = 0;  // caches: of a sequence
   mx::Dtype dtype = mx::float32;
 
   /** in: tokens, then states; out: logits, then states. */

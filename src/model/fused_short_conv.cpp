@@ -30,7 +30,7 @@ void Program::convolve(const FusedConv& conv, const FusedState& memory, const st
   const std::vector<float> zeros(int64_t(conv.taps - 1) * conv.channels, 0.f);
   int64_t at = 0;
   for (const auto& piece : chunk.pieces) {
-    const auto& place = sequences[piece.sequence].recurrent[memory.layer];
+    const auto& place = sequences[piece.sequence].recurrent[memory.cache];
     auto* new_tail = (*out_)[place.out].data<float>();
     const float* tail = piece.first > 0 ? new_tail : place.in < 0 ? zeros.data() : (*in_)[place.in].data<float>();
     convolve_piece(conv, tail, input + at * stride, stride, piece.count, out + at * conv.channels, new_tail);

@@ -7,14 +7,20 @@
 #include "base/error.h"
 #include "model/blocks.h"
 #include "model/causal_model.h"
+#include "model/chunked_calls.h"
 #include "model/fused_model.h"
 
 namespace mlxlm::model {
 namespace {
 
+struct OpBlock {
+  std::unique_ptr<Block> block;
+  int cache = -1;  // its place in a sequence's caches; -1 = remembers nothing
+};
+
 struct StepBlocks {
   std::optional<NormBlock> pre, post;
-  std::vector<std::unique_ptr<Block>> ops;
+  std::vector<OpBlock> ops;
   float scale = 1.f;
   bool clip_f16 = false;
 };
@@ -46,7 +52,7 @@ class GraphModel final : public CausalModel {
  public:
   GraphModel(arch::Model description, weights::Tensors tensors, const std::map<std::string, plan::Quant>& quant,
              const BuildOptions& options)
-      : description_(std::move(description)) {
+      : description_(std::move(description)), chunks_(description_) {
     Store store(std::move(tensors), quant, options.adapters);
     if (options.quantize_activations) store.quantized_inputs = quantized_inputs(description_, store, quant);
     const auto& m = description_;
@@ -56,7 +62,7 @@ class GraphModel final : public CausalModel {
     embed_ = store.map({embed});
     for (std::size_t i = 0; i < m.layers.size(); ++i) {
       const std::string at = m.root + "." + m.layers_at + "." + std::to_string(i) + ".";
-      layers_.push_back(make_layer(m.layers[i], store, at));
+      layers_.push_back(make_layer(m.layers[i], store, at, caches_));
     }
     final_norm_.emplace(m.final_norm, store, m.root + "." + m.final_norm.at);
     const bool own_head = !m.tied_head && store.has(m.head + ".weight");
@@ -67,19 +73,15 @@ class GraphModel final : public CausalModel {
   }
 
   mx::array run(const mx::array& tokens, const std::vector<Segment>& segments) override {
-    check_segments(tokens, segments, description_);
+    check_segments(tokens, segments, caches_);
+    if (chunks_.cross(segments)) return chunks_.run(*this, tokens, segments);
     auto x = mx::expand_dims(embed_->embed(tokens, dtype_), 0);
     if (description_.embed_scale != 1.f) {
       const auto scale = mx::array(description_.embed_scale);
       x = mx::multiply(x, mx::astype(description_.embed_scale_bf16 ? mx::astype(scale, mx::bfloat16) : scale, dtype_));
     }
-    Parts parts(segments.size());
-    for (std::size_t i = 0; i < layers_.size(); ++i) {
-      for (std::size_t s = 0; s < segments.size(); ++s) {
-        const auto* caches = segments[s].caches;
-        parts[s] = {segments[s].tokens, caches == nullptr || caches->empty() ? nullptr : (*caches)[i].get()};
-      }
-      for (auto& step : layers_[i]) x = run_step(step, x, parts);
+    for (auto& layer : layers_) {
+      for (auto& step : layer) x = run_step(step, x, segments);
     }
     x = wanted_rows(mx::squeeze(x, 0), segments);
     auto logits = (*head_)((*final_norm_)(x));
@@ -107,17 +109,20 @@ class GraphModel final : public CausalModel {
     return mx::float16;
   }
 
-  static std::vector<StepBlocks> make_layer(const arch::Layer& layer, Store& store, const std::string& at) {
+  /** `caches`: how many the layers before it have. */
+  static std::vector<StepBlocks> make_layer(const arch::Layer& layer, Store& store, const std::string& at, int& caches) {
     std::vector<StepBlocks> steps;
+    const int first = caches;
     for (const auto& step : layer) {
       StepBlocks made;
       if (step.pre) made.pre.emplace(*step.pre, store, at + step.pre->at);
-      for (const auto& op : step.ops) made.ops.push_back(make_block(op, store, at));
+      for (const auto& op : step.ops) made.ops.push_back({make_block(op, store, at), plan::remembers(op) ? caches++ : -1});
       if (step.post) made.post.emplace(*step.post, store, at + step.post->at);
       made.scale = step.scale;
       made.clip_f16 = step.clip_f16;
       steps.push_back(std::move(made));
     }
+    caches = std::max(caches, first + 1);
     return steps;
   }
 
@@ -133,19 +138,30 @@ class GraphModel final : public CausalModel {
     return kept.size() == 1 ? kept[0] : mx::concatenate(kept, 0);
   }
 
-  static mx::array run_step(StepBlocks& step, const mx::array& x, const Parts& parts) {
+  static mx::array run_op(OpBlock& op, const mx::array& x, const std::vector<Segment>& segments) {
+    Parts parts;
+    for (const auto& segment : segments) {
+      const bool held = op.cache >= 0 && segment.caches != nullptr && !segment.caches->empty();
+      parts.push_back({segment.tokens, held ? (*segment.caches)[op.cache].get() : nullptr});
+    }
+    return (*op.block)(x, parts);
+  }
+
+  static mx::array run_step(StepBlocks& step, const mx::array& x, const std::vector<Segment>& segments) {
     const auto input = step.pre ? (*step.pre)(x) : x;
-    auto y = (*step.ops[0])(input, parts);
-    for (std::size_t i = 1; i < step.ops.size(); ++i) y = mx::add(y, (*step.ops[i])(input, parts));
+    auto y = run_op(step.ops[0], input, segments);
+    for (std::size_t i = 1; i < step.ops.size(); ++i) y = mx::add(y, run_op(step.ops[i], input, segments));
     if (step.post) y = (*step.post)(y);
     if (step.scale != 1.f) y = mx::multiply(y, mx::array(step.scale, y.dtype()));
     return step.clip_f16 ? clipped_sum(x, y) : mx::add(x, y);
   }
 
   arch::Model description_;
+  ChunkedCalls chunks_;
   mx::Dtype dtype_ = mx::float32;
   std::shared_ptr<nn::Linear> embed_, head_;
   std::vector<std::vector<StepBlocks>> layers_;
+  int caches_ = 0;  // of a sequence
   std::optional<NormBlock> final_norm_;
   Store::Made made_;
   int64_t bytes_ = 0;
@@ -153,11 +169,11 @@ class GraphModel final : public CausalModel {
 
 }  // namespace
 
-void check_segments(const mx::array& tokens, const std::vector<Segment>& segments, const arch::Model& description) {
+void check_segments(const mx::array& tokens, const std::vector<Segment>& segments, int caches) {
   int64_t total = 0;
   for (const auto& s : segments) {
     if (s.tokens < 1 || s.wanted_rows < 0 || s.wanted_rows > s.tokens) throw Error(Code::internal, "run", "a segment's counts do not fit");
-    if (s.caches != nullptr && !s.caches->empty() && s.caches->size() != description.layers.size()) {
+    if (s.caches != nullptr && !s.caches->empty() && s.caches->size() != static_cast<std::size_t>(caches)) {
       throw Error(Code::internal, "run", "caches of another model");
     }
     total += s.tokens;

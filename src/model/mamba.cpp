@@ -17,8 +17,8 @@ class Mamba2Block final : public Mixer {
         conv_(store.vector(at + op.at + ".conv1d.weight")),
         dt_bias_(store.vector(at + op.at + ".dt_bias")),
         a_log_(store.vector(at + op.at + ".A_log")),
-        d_(store.vector(at + op.at + ".D")),
-        norm_(store.vector(at + op.at + ".norm.weight")) {
+        d_(store.vector(at + op.at + ".D")) {
+    if (op.norm_group > 0) norm_ = store.vector(at + op.at + ".norm.weight");
     if (op.conv_bias) conv_bias_ = store.vector(at + op.at + ".conv1d.bias");
   }
 
@@ -44,22 +44,23 @@ class Mamba2Block final : public Mixer {
       held->set_slot(1, scanned[1]);
       held->advance(length);
     }
-    return gated_norm(mx::reshape(scanned[0], {batch, length, inner}), gate);
+    auto y = mx::reshape(scanned[0], {batch, length, inner});
+    if (norm_ && op_.norm_before_gate) y = normed(y);
+    y = mx::multiply(nn::activate(gate, arch::Act::silu), y);
+    return norm_ && !op_.norm_before_gate ? normed(y) : y;
   }
 
  private:
-  mx::array gated_norm(const mx::array& y, const mx::array& gate) const {
-    const int batch = y.shape(0), length = y.shape(1), inner = y.shape(2);
-    const auto gated = mx::multiply(nn::activate(gate, arch::Act::silu), y);
-    const auto grouped = mx::reshape(gated, {batch, length, inner / op_.norm_group, op_.norm_group});
-    const auto normed = nn::norm(grouped, arch::Norm{.eps = op_.norm_eps, .weightless = true}, std::nullopt, std::nullopt);
-    return mx::multiply(norm_, mx::reshape(normed, y.shape()));
+  mx::array normed(const mx::array& y) const {
+    const auto grouped = mx::reshape(y, {y.shape(0), y.shape(1), y.shape(2) / op_.norm_group, op_.norm_group});
+    const auto unit = nn::norm(grouped, arch::Norm{.eps = op_.norm_eps, .weightless = true}, std::nullopt, std::nullopt);
+    return mx::multiply(*norm_, mx::reshape(unit, y.shape()));
   }
 
   arch::Mamba2 op_;
   std::shared_ptr<nn::Linear> in_, out_;
-  mx::array conv_, dt_bias_, a_log_, d_, norm_;
-  std::optional<mx::array> conv_bias_;
+  mx::array conv_, dt_bias_, a_log_, d_;
+  std::optional<mx::array> conv_bias_, norm_;
 };
 
 }  // namespace

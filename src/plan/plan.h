@@ -27,18 +27,22 @@ struct Tensor {
 /** Every parameter of the model, in order of layers. A tied head is not listed. */
 std::vector<Tensor> tensors(const arch::Model& model);
 
-enum class CacheKind { none, full, rotating, recurrent };
+enum class CacheKind { none, full, rotating, chunked, recurrent };
 
-/** What one layer remembers. */
+/** What one op of a layer remembers. */
 struct LayerCache {
   CacheKind kind = CacheKind::none;
-  int window_tokens = 0;         // rotating
-  int64_t values_per_token = 0;  // full, rotating: numbers stored for a token (k and v together)
+  int window_tokens = 0;         // rotating; chunked: of a chunk
+  int64_t values_per_token = 0;  // all but recurrent: numbers stored for a token (k and v together)
   int64_t values_fixed = 0;      // recurrent: numbers stored whatever the length
   int states = 0;                // recurrent: arrays that hold them
+  int layer = 0;
 };
 
-/** One entry a layer. */
+bool remembers(const arch::Op& op);
+
+/** One entry for each op that remembers, in order of layers, steps and ops; one of kind none for a layer where none does. A sequence's
+ * caches are in this order. */
 std::vector<LayerCache> cache_layout(const arch::Model& model);
 
 /** Quantization of one module. */

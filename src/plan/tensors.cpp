@@ -109,12 +109,12 @@ class Lister {
   void op(const Mamba2& f) {
     const std::string at = at_ + f.at + ".";
     const int inner = f.heads * f.head_dim, conv = inner + 2 * f.groups * f.state;
-    linear(at + "in_proj", model_.width, inner + conv + f.heads, f.proj_bias);
+    linear(at + "in_proj", model_.width, inner + conv + f.heads, f.in_bias);
     add(at + "conv1d", "weight", {conv, f.conv, 1}, Role::other);
     if (f.conv_bias) add(at + "conv1d", "bias", {conv}, Role::vector);
     for (const char* name : {"dt_bias", "A_log", "D"}) add(at + name, "", {f.heads}, Role::other);
-    norm(at + "norm", Norm{}, inner);
-    linear(at + "out_proj", inner, model_.width, f.proj_bias);
+    if (f.norm_group > 0) norm(at + "norm", Norm{}, inner);
+    linear(at + "out_proj", inner, model_.width, f.out_bias);
   }
   void op(const ShortConv& f) {
     const std::string at = at_ + f.at + ".";
@@ -148,6 +148,7 @@ class Lister {
 struct CacheOf {
   LayerCache operator()(const Attention& a) const {
     const int64_t values = 2LL * a.kv_heads * a.head_dim;
+    if (a.chunk) return {CacheKind::chunked, *a.chunk, values};
     return a.window ? LayerCache{CacheKind::rotating, *a.window, values} : LayerCache{CacheKind::full, 0, values};
   }
   LayerCache operator()(const Mla& a) const { return {CacheKind::full, 0, int64_t(a.kv_lora) + a.rope_dim}; }
@@ -186,17 +187,21 @@ std::vector<Tensor> tensors(const Model& model) {
   return Lister(model).list();
 }
 
+bool remembers(const Op& op) {
+  return std::visit(CacheOf{}, op).kind != CacheKind::none;
+}
+
 std::vector<LayerCache> cache_layout(const Model& model) {
   std::vector<LayerCache> layout;
-  for (const auto& layer : model.layers) {
-    LayerCache found;
-    for (const auto& step : layer) {
+  for (int i = 0; i < static_cast<int>(model.layers.size()); ++i) {
+    const auto before = layout.size();
+    for (const auto& step : model.layers[i]) {
       for (const auto& op : step.ops) {
-        const LayerCache cache = std::visit(CacheOf{}, op);
-        if (cache.kind != CacheKind::none) found = cache;
+        if (remembers(op)) layout.push_back(std::visit(CacheOf{}, op));
       }
     }
-    layout.push_back(found);
+    if (layout.size() == before) layout.emplace_back();
+    for (auto at = before; at < layout.size(); ++at) layout[at].layer = i;
   }
   return layout;
 }
@@ -211,7 +216,7 @@ Summary summarize(const Model& model) {
   }
   s.active_parameters = s.parameters - idle_parameters(model);
   for (const auto& cache : cache_layout(model)) {
-    s.cache_values_per_token += cache.kind == CacheKind::rotating ? 0 : cache.values_per_token;
+    s.cache_values_per_token += cache.window_tokens > 0 ? 0 : cache.values_per_token;
     s.cache_values_fixed += cache.values_fixed + cache.values_per_token * cache.window_tokens;
   }
   return s;

@@ -169,6 +169,36 @@ void split_gate_up(Tensors& tensors, const Rule& rule) {
   }
 }
 
+void swap_axes(Tensors& tensors, const Rule& rule) {
+  rename_all(tensors, [&](const std::string& name) {
+    const auto m = match(rule.from, name);
+    if (!m) return name;
+    auto& value = tensors.at(name);
+    if (value.ndim() != 3) throw Error(Code::bad_weights, shown_name(name), "wanted three axes");
+    value = mx::contiguous(mx::swapaxes(value, 1, 2));
+    return fill(rule.to, *m);
+  });
+}
+
+void multiply(Tensors& tensors, const Rule& rule) {
+  if (!as_published(tensors, rule.to)) return;
+  for (auto& [name, value] : tensors) {
+    if (!glob_match(rule.from, name)) continue;
+    if (rule.factors.size() == 1) {
+      value = mx::multiply(value, mx::array(rule.factors[0].value, value.dtype()));
+      continue;
+    }
+    std::vector<float> by_row;
+    for (const auto& factor : rule.factors) by_row.insert(by_row.end(), factor.rows, factor.value);
+    mx::Shape column(value.ndim(), 1);
+    if (value.ndim() == 0 || value.shape(0) != static_cast<int>(by_row.size())) {
+      throw Error(Code::bad_weights, shown_name(name), "wanted " + std::to_string(by_row.size()) + " rows");
+    }
+    column[0] = value.shape(0);
+    value = mx::multiply(value, mx::astype(mx::array(by_row.data(), column, mx::float32), value.dtype()));
+  }
+}
+
 mx::array dequant_fp8(const mx::array& packed, const mx::array& scale_inv, const std::string& name) {
   constexpr int block = 128;
   const auto bad = [&](const char* problem) { throw Error(Code::bad_weights, shown_name(name), problem); };
@@ -280,6 +310,10 @@ void apply(Tensors& tensors, const Rule& rule, const arch::Model& model) {
       return add_one(tensors, rule);
     case Rule::split_gate_up:
       return split_gate_up(tensors, rule);
+    case Rule::swap_axes:
+      return swap_axes(tensors, rule);
+    case Rule::multiply:
+      return multiply(tensors, rule);
   }
 }
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import rope_utils
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 DYNAMIC_TOKENS = 100  # context length at which the dynamic kind is evaluated
@@ -29,29 +29,36 @@ def rope_line(rope):
     return scale, [1 / f for f in rope._freqs.tolist()]
 
 
+def cache_kind(cache):
+    if isinstance(cache, RotatingKVCache):
+        return f"rotating {cache.max_size}"
+    if isinstance(cache, ChunkedKVCache):
+        return f"chunked {cache.chunk_size}"
+    if isinstance(cache, KVCache):
+        return "full"
+    if isinstance(cache, ArraysCache):
+        return "recurrent"
+    raise TypeError(type(cache))
+
+
 def cache_kinds(model):
+    """(layer, kind), one for each cache of a list."""
     caches = iter(make_prompt_cache(model))
     stateless = {"-", "E"}
-    for layer in model.layers:
+    for i, layer in enumerate(model.layers):
         if getattr(layer, "block_type", None) in stateless:
-            yield "none"
+            yield i, "none"
             continue
         cache = next(caches)
-        if isinstance(cache, RotatingKVCache):
-            yield f"rotating {cache.max_size}"
-        elif isinstance(cache, KVCache):
-            yield "full"
-        elif isinstance(cache, ArraysCache):
-            yield "recurrent"
-        else:
-            raise TypeError(type(cache))
+        for part in cache.caches if isinstance(cache, CacheList) else [cache]:
+            yield i, cache_kind(part)
 
 
 def golden(config):
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     lines = [f"tensor {name} {' '.join(map(str, value.shape))}" for name, value in sorted(tree_flatten(model.parameters()))]
-    lines += [f"cache {i} {kind}" for i, kind in enumerate(cache_kinds(model))]
+    lines += [f"cache {i} {kind}" for i, kind in cache_kinds(model)]
     for i, layer in enumerate(model.layers):
         attention = getattr(layer, "self_attn", None)
         rope = getattr(attention, "rope", None)

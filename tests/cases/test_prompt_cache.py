@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_model import CONFIG, IM_END, IM_START, environment, fails, run, write_model
+from tiny_model import IM_END, IM_START, environment, fails, run, write_described, write_model
 
 ONE_HEAD_OF_32 = {"num_attention_heads": 2, "num_key_value_heads": 1}
 BEGINNING, END = "Once upon a time there was a cache. ", "It was quantized"
@@ -140,8 +140,20 @@ def test_memory_is_refused_with_both_figures(model, tmp_path):
 
 
 @pytest.mark.skipif(not PYTHON, reason="MLXLM_PYTHON names no Python with mlx_lm to exchange files with")
-@pytest.mark.parametrize("kind", ["plain", "3 bits", "8 bits", "bounded"])
-def test_exchange_with_python(model, tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind, classes",
+    [
+        ("plain", {"KVCache"}),
+        ("3 bits", {"QuantizedKVCache"}),
+        ("8 bits", {"QuantizedKVCache"}),
+        ("bounded", {"RotatingKVCache"}),
+        ("falcon_h1", {"CacheList"}),
+        ("llama4", {"ChunkedKVCache", "KVCache"}),
+    ],
+)
+def test_exchange_with_python(model, tmp_path, kind, classes):
+    if kind in ("falcon_h1", "llama4"):
+        model = write_described(tmp_path / "model", kind)
     bits = int(kind[0]) if "bits" in kind else None
     bounded = 16 if kind == "bounded" else None
     options = ["--kv-bits", bits, "--kv-group-size", 32, "--quantized-kv-start", 0] if bits else ["--max-kv-size", 16] if bounded else []
@@ -154,8 +166,9 @@ def test_exchange_with_python(model, tmp_path, kind):
     result = subprocess.run([PYTHON, script, json.dumps(arguments)], capture_output=True, text=True, timeout=300, env=environment(), check=False)
     assert result.returncode == 0, result.stderr
     python = json.loads(result.stdout.splitlines()[-1])
-    assert set(python["kinds"]) == {"QuantizedKVCache" if bits else "RotatingKVCache" if bounded else "KVCache"}
-    assert python["metadata"]["model"] == str(model) and len(python["kinds"]) == CONFIG["num_hidden_layers"]
+    config = json.loads((model / "config.json").read_text())
+    assert set(python["kinds"]) == classes and python["metadata"]["model"] == str(model)
+    assert len(python["kinds"]) == config.get("text_config", config)["num_hidden_layers"]
     from_ours = tokens("--prompt-cache-file", ours, "-p", END)
     until_end = python["tokens"] + [IM_END]
     assert from_ours == until_end[: until_end.index(IM_END)]

@@ -122,6 +122,27 @@ def random_weights(config):
     return dict(_weights(d, config["intermediate_size"], config["vocab_size"], kv, config["num_hidden_layers"]))
 
 
+def write_described(folder, name, **changes):
+    """A model of the architecture tests/arch/NAME.json, with this tokenizer's vocabulary; returns its path."""
+    rng = random.Random(1)
+    config = json.loads((ROOT / "tests" / "arch" / f"{name}.json").read_text()) | changes
+    inner = config.get("text_config", config)
+    old, inner["vocab_size"] = inner["vocab_size"], VOCAB
+    weights = {}
+    for line in (ROOT / "tests" / "arch" / f"{name}.txt").read_text().splitlines():
+        kind, tensor, *dims = line.split(" ")
+        if kind != "tensor":
+            continue
+        shape = [int(d) for d in dims]
+        if tensor.endswith(("embed_tokens.weight", "lm_head.weight")):
+            assert shape[0] == old
+            shape[0] = VOCAB
+        scale = 1.0 if "embed" in tensor else shape[-1] ** -0.5
+        around = 1.0 if len(shape) == 1 else 0.0
+        weights[tensor] = Tensor(shape, array("f", (rng.gauss(around, 0.1 if around else scale) for _ in range(prod(shape)))))
+    return write_model(folder, {k: None for k in CONFIG} | {"eos_token_id": IM_END} | config, weights)
+
+
 def write_safetensors(path, tensors):
     header, offset = {"__metadata__": {"format": "mlx"}}, 0
     for name, t in tensors.items():

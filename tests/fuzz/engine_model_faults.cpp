@@ -446,7 +446,9 @@ TEST_P(Faults, CancelKeepsWhatIsDone) {
   EXPECT_FALSE(answers[1].tokens.empty());
 }
 
-INSTANTIATE_TEST_SUITE_P(Family, Faults, testing::Values("llama.f32", "gemma3_text.q4", "nemotron_h.q4", "lfm2.q4", "qwen3_next.f32"),
+INSTANTIATE_TEST_SUITE_P(Family, Faults,
+                         testing::Values("llama.f32", "gemma3_text.q4", "nemotron_h.q4", "lfm2.q4", "qwen3_next.f32", "falcon_h1.f32",
+                                         "llama4.q4"),
                          test_name);
 
 }  // namespace

@@ -106,7 +106,7 @@ TEST_F(PrefixFolderTest, OutlivesTheEngine) {
 
 /** Windows and recurrent states cannot be cut: what was stored at a boundary is used as it is. */
 TEST_F(PrefixFolderTest, KeepsSnapshots) {
-  for (const char* name : {"llama.f32", "nemotron_h.f32", "lfm2.f32"}) {
+  for (const char* name : {"llama.f32", "nemotron_h.f32", "lfm2.f32", "falcon_h1.f32", "llama4.f32"}) {
     SCOPED_TRACE(name);
     fs::remove_all(folder_);
     const auto model = model_named(name);
@@ -160,7 +160,7 @@ TEST_F(PrefixFolderTest, LyingFilesAreIgnored) {
   const auto metadata = cache::read_prompt_metadata(path);
   auto caches = cache::load_prompt_file(path, model_->description());
   cache::trim(caches, 20);
-  cache::save_prompt_file(path, caches, metadata);
+  cache::save_prompt_file(path, caches, model_->description(), metadata);
   const auto got = run({tokens(150)});
   EXPECT_EQ(got.found, 1u);
   EXPECT_EQ(got.reused, 0);

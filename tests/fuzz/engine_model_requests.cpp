@@ -200,7 +200,8 @@ TEST_P(ModelFuzz, EveryAnswerIsTheOneGivenAlone) {
 
 INSTANTIATE_TEST_SUITE_P(Family, ModelFuzz,
                          testing::Values("llama.f32", "llama.q4", "mistral.q4", "gemma3_text.q4", "nemotron_h.f32", "nemotron_h.q4",
-                                         "lfm2_biased.q4", "deepseek_v3.q4", "qwen3_moe.q4", "phi3.q4", "llama.bf16"),
+                                         "lfm2_biased.q4", "deepseek_v3.q4", "qwen3_moe.q4", "phi3.q4", "llama.bf16", "falcon_h1.q4",
+                                         "llama4.f32", "llama4.q4"),
                          test_name);
 
 }  // namespace

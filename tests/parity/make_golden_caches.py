@@ -14,7 +14,7 @@ import pathlib
 import mlx.core as mx
 from make_goldens import TESTS, build, token_ids
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache, save_prompt_cache
 
 OUT = TESTS / "data" / "caches"
 STEPS = 5
@@ -43,12 +43,22 @@ def cases():
     yield "qwen3_next", known["qwen3_next"], 6, None, None, True
     yield "qwen3_next_kv8", known["qwen3_next"], 12, (8, 32), None, True
     yield "deepseek_v3", known["deepseek_v3"], 4, None, None, True
+    yield "falcon_h1", known["falcon_h1"], 6, None, None, True
+    yield "llama4", known["llama4"], 13, None, None, True
+    yield "llama4_next_chunk", known["llama4"], 29, None, None, True
+    yield "llama4_end_of_chunk", known["llama4"], 32, None, None, True
+    yield "llama4_trimmed", known["llama4"], 37, None, None, True
 
 
 def cut(cache):
     """Without the unused end of growing buffers."""
     for c in cache:
-        if isinstance(c, QuantizedKVCache):
+        if isinstance(c, CacheList):
+            cut(c.caches)
+        elif isinstance(c, ChunkedKVCache):
+            held = c.offset - c.start_position
+            c.keys, c.values = c.keys[..., :held, :], c.values[..., :held, :]
+        elif isinstance(c, QuantizedKVCache):
             c.keys, c.values = ([x[..., : c.offset, :] for x in part] for part in (c.keys, c.values))
         elif isinstance(c, KVCache):
             c.keys, c.values = c.keys[..., : c.offset, :], c.values[..., : c.offset, :]
@@ -67,9 +77,12 @@ def older_module():
 
 def as_older(older, cache):
     names = {KVCache: "keys values offset", QuantizedKVCache: "keys values offset group_size bits", ArraysCache: "cache left_padding lengths",
-             RotatingKVCache: "keys values offset keep max_size _idx"}
+             RotatingKVCache: "keys values offset keep max_size _idx", ChunkedKVCache: "keys values offset chunk_size start_position"}
     made = []
     for c in cache:
+        if isinstance(c, CacheList):
+            made.append(older.CacheList(*as_older(older, c.caches)))
+            continue
         other = getattr(older, type(c).__name__)
         other = other.__new__(other)
         for name in names[type(c)].split():
@@ -84,10 +97,12 @@ def main():
     answers, described, older = {}, {}, older_module()
     for name, config, length, kv, max_kv_size, keep in cases():
         model = build({"config": config, "dtype": "f32", "seed": 0})
-        prompt = token_ids("prompt", length, config["vocab_size"], 0)
-        steps = token_ids("steps", STEPS, config["vocab_size"], 0)
+        vocab = config.get("vocab_size") or config["text_config"]["vocab_size"]
+        prompt, steps = token_ids("prompt", length, vocab, 0), token_ids("steps", STEPS, vocab, 0)
         cache = make_prompt_cache(model, max_kv_size)
-        model(mx.array([prompt]), cache=cache)
+        trimmed = name == "llama4_trimmed"  # a second call forgets what lies before the latest chunk_size tokens
+        for call in (prompt[:24], prompt[24:]) if trimmed else (prompt,):
+            model(mx.array([call]), cache=cache)
         if kv:
             maybe_quantize_kv_cache(cache, 0, kv[1], kv[0])
         mx.eval([c.state for c in cache])
@@ -95,12 +110,12 @@ def main():
         if keep:
             metadata = {"model": "org/" + name, "tokenizer_config": json.dumps({"trust_remote_code": False})}
             save_prompt_cache(str(OUT / f"{name}.safetensors"), cache, metadata)
-            if older:
+            if older and not trimmed:  # which that version cannot restore
                 older.save_prompt_cache(str(OUT / f"{name}_older.safetensors"), as_older(older, cache), metadata)
         calls = [[t] for t in steps[:-3]] + [steps[-3:]]
         answers[f"{name}.steps"] = mx.array(steps, mx.int32)
         answers[f"{name}.logits"] = mx.stack([model(mx.array([call]), cache=cache)[0, -1] for call in calls])
-        described[name] = {"config": config, "dtype": "f32", "seed": 0, "prompt": prompt, "kv": kv, "max_kv_size": max_kv_size, "file": keep}
+        described[name] = {"config": config, "dtype": "f32", "seed": 0, "prompt": prompt, "kv": kv, "max_kv_size": max_kv_size, "file": keep, "older": keep and not trimmed}
     mx.save_safetensors(str(OUT / "answers.safetensors"), answers, {"cases": json.dumps(described, separators=(",", ":"))})
 
 

@@ -151,6 +151,19 @@ def published_qwen3_5(shapes, config):
     return out | {"model.visual.patch_embed.proj.weight": [8, 16], "mtp.norm.weight": [8]}
 
 
+def published_llama4(shapes, config):
+    """With a vision tower; experts stacked, gate and up side by side, inputs before outputs."""
+    out = {}
+    for name, shape in shapes.items():
+        if ".experts.up_proj" in name:
+            continue
+        if ".experts." in name:
+            shape = [shape[0], shape[2], 2 * shape[1] if "gate_proj" in name else shape[1]]
+            name = name.replace("gate_proj.weight", "gate_up_proj").replace("down_proj.weight", "down_proj")
+        out[name] = shape
+    return out | {"vision_model.class_embedding": [32], "multi_modal_projector.linear_1.weight": [8, 16]}
+
+
 def published_gemma3(shapes, config):
     out = {n: s for n, s in shapes.items() if "lm_head" not in n}
     return out | {"vision_tower.vision_model.embeddings.patch_embedding.bias": [32], "multi_modal_projector.mm_input_projection_weight": [32, 64]}
@@ -304,7 +317,7 @@ def cases():
         "qwen3_next_dense": configs["qwen3_next"] | {"mlp_only_layers": [0, 1, 2, 3]},
     }
     for dtype in ("f16", "bf16"):
-        for name in ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3", "lfm2"):
+        for name in ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3", "lfm2", "falcon_h1", "llama4_text"):
             yield case(f"{name}.{dtype}", name, dtype)
         for name, config in without_experts.items():
             yield case(f"{name}.{dtype}", config, dtype)
@@ -354,6 +367,10 @@ def cases():
     yield case("qwen3_5_published.f32", "qwen3_5", published=published_qwen3_5)
     yield case("qwen3_5_moe_published.f32", "qwen3_5_moe", published=published_qwen3_5)
     yield case("lfm2_published.f32", "lfm2", published=published_lfm2)
+    yield case("llama4_published.f32", "llama4", published=published_llama4)
+    # Its published multipliers; the reference leaves out those of keys and values, which are 1 here.
+    yield case("falcon_h1_published.f32", "falcon_h1", published=lambda shapes, config: ncl(shapes))
+    yield case("falcon_h1_normed_published.f32", "falcon_h1_normed", published=lambda shapes, config: ncl(shapes))
     yield case("gemma3_published.f32", "gemma3", published=published_gemma3)
 
 

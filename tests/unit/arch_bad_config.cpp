@@ -38,6 +38,33 @@ json qwen3_next() {
     "full_attention_interval": 2})");
 }
 
+json falcon_h1() {
+  return json::parse(R"({"model_type": "falcon_h1", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128, "intermediate_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "mamba_d_conv": 4, "mamba_d_head": 16, "mamba_d_ssm": 64,
+    "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_n_heads": 4, "rms_norm_eps": 1e-5, "mlp_multipliers": [0.5, 2.0],
+    "ssm_multipliers": [1, 1, 1, 1, 1], "embedding_multiplier": 2.0})");
+}
+
+json llama4() {
+  return json::parse(R"({"model_type": "llama4", "text_config": {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 128,
+    "intermediate_size": 32, "intermediate_size_mlp": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "attention_chunk_size": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+    "floor_scale": 8}})");
+}
+
+json llama4_text() {
+  json config = llama4()["text_config"];
+  config["model_type"] = "llama4_text";
+  config["no_rope_layers"] = {1, 1, 1, 0};
+  return config;
+}
+
+/** `config` with a key of text_config set. */
+json with_text(json config, const char* key, const json& value) {
+  config["text_config"][key] = value;
+  return config["text_config"];
+}
+
 json qwen3_5() {
   json config = qwen3_next();
   config["model_type"] = "qwen3_5";
@@ -71,7 +98,7 @@ void expect_error(const Case& t) {
 }
 
 TEST(BadConfig, TheBasesAreFine) {
-  for (const auto& config : {llama(), deepseek(), nemotron(), lfm2(), qwen3_next(), qwen3_5()})
+  for (const auto& config : {llama(), deepseek(), nemotron(), lfm2(), qwen3_next(), qwen3_5(), falcon_h1(), llama4(), llama4_text()})
     EXPECT_FALSE(build(Config(config)).layers.empty());
 }
 
@@ -144,6 +171,16 @@ TEST(BadConfig, Contradictions) {
   expect_error({qwen3_next(), "partial_rotary_factor", 0.1, "head_dim: got 3 rotated of 32"});
   expect_error({qwen3_next(), "head_dim", nullptr, "head_dim: missing"});
   expect_error({qwen3_5(), "rope_parameters", 3, "rope_parameters"});
+  expect_error({falcon_h1(), "mamba_d_ssm", 32, "mamba_d_ssm: got 32, wanted mamba_n_heads of mamba_d_head, 64"});
+  expect_error({falcon_h1(), "mlp_multipliers", json::array({1.0}), "mlp_multipliers: got 1 numbers, wanted 2"});
+  expect_error({falcon_h1(), "ssm_multipliers", json::array({1.0}), "ssm_multipliers: got 1 numbers, wanted 5"});
+  expect_error({falcon_h1(), "embedding_multiplier", 0, "embedding_multiplier: wanted a positive number"});
+  expect_error({falcon_h1(), "mamba_n_heads", 1 << 30, "mamba_n_heads"});
+  expect_error({llama4(), "text_config", with_text(llama4(), "attention_chunk_size", 0), "attention_chunk_size: got 0"});
+  expect_error({llama4(), "text_config", with_text(llama4(), "floor_scale", 0), "floor_scale: got 0"});
+  expect_error({llama4(), "text_config", with_text(llama4(), "num_experts_per_tok", 2), "num_experts_per_tok: got 2, wanted 1"});
+  expect_error({llama4(), "text_config", nullptr, "missing"});
+  expect_error({llama4_text(), "no_rope_layers", json::array({1}), "no_rope_layers: got 1 layers, wanted 4"});
   expect_error({lfm2(), "conv_L_cache", 1, "conv_L_cache: got 1, wanted 2 to 1024"});
   expect_error({lfm2(), "full_attn_idxs", json::array({2}), "full_attn_idxs: got 2 of 2 layers"});
   expect_error({lfm2(), "full_attn_idxs", nullptr, "layer_types: got 0 entries"});
@@ -202,7 +239,7 @@ TEST(BadConfig, AnyValueAnywhere) {
                       2147483647,
                       -2147483648LL,
                       9223372036854775807LL};
-  for (json base : {llama(), deepseek(), nemotron(), lfm2(), qwen3_next(), qwen3_5()}) {
+  for (json base : {llama(), deepseek(), nemotron(), lfm2(), qwen3_next(), qwen3_5(), falcon_h1(), llama4(), llama4_text()}) {
     for (const char* key : {"rope_scaling", "rope_parameters", "layer_types", "q_lora_rank", "rope_theta", "head_dim", "sliding_window",
                             "moe_latent_size", "time_step_limit", "max_position_embeddings", "norm_topk_prob", "layers_block_type"}) {
       if (!base.contains(key)) base[key] = nullptr;

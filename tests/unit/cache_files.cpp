@@ -65,7 +65,7 @@ class PromptFile : public testing::Test {
   void rewrite(const std::function<void(weights::Tensors&, std::map<std::string, std::string>&)>& change, int tokens = 5, int kv_bits = 0) {
     auto caches = filled(tokens);
     cache::quantize_caches(caches, {.bits = kv_bits, .group_size = 32});
-    cache::save_prompt_file(file(), caches, {{"model", "m"}});
+    cache::save_prompt_file(file(), caches, model(), {{"model", "m"}});
     auto stored = weights::load_safetensors(file());
     auto metadata = stored.metadata.get<std::map<std::string, std::string>>();
     change(stored.tensors, metadata);
@@ -106,7 +106,7 @@ TEST_F(PromptFile, ComesBack) {
     for (const int bits : {0, 4}) {
       auto caches = filled(tokens);
       cache::quantize_caches(caches, {.bits = bits, .group_size = 32});
-      cache::save_prompt_file(file(), caches, {{"model", "org/name"}, {"tokenizer_config", "{}"}, {"note.more", "x"}});
+      cache::save_prompt_file(file(), caches, model(), {{"model", "org/name"}, {"tokenizer_config", "{}"}, {"note.more", "x"}});
       auto loaded = cache::load_prompt_file(file(), model());
       EXPECT_EQ(cache::prompt_tokens(loaded), tokens);
       const auto metadata = cache::read_prompt_metadata(file());
@@ -120,29 +120,29 @@ TEST_F(PromptFile, ComesBack) {
 
 TEST_F(PromptFile, EmptyAndBoundedCachesComeBack) {
   auto empty = cache::make_caches(model());
-  cache::save_prompt_file(file(), empty, {});
+  cache::save_prompt_file(file(), empty, model(), {});
   auto loaded = cache::load_prompt_file(file(), model());
   expect_same(empty, loaded);
   auto bounded = cache::make_caches(model(), 6);
   for (auto& c : bounded) dynamic_cast<cache::AttentionCache&>(*c).update(rows(20, 1), rows(20, 2));
-  cache::save_prompt_file(file(), bounded, {});
+  cache::save_prompt_file(file(), bounded, model(), {});
   loaded = cache::load_prompt_file(file(), model());
   expect_same(bounded, loaded);
 }
 
 TEST_F(PromptFile, SavingReplacesTheFileOrLeavesIt) {
   auto caches = filled(3);
-  cache::save_prompt_file(file(), caches, {});
+  cache::save_prompt_file(file(), caches, model(), {});
   const auto before = read_text_file(file());
-  EXPECT_THROW(cache::save_prompt_file(folder_ / "none" / "c.safetensors", caches, {}), Error);
+  EXPECT_THROW(cache::save_prompt_file(folder_ / "none" / "c.safetensors", caches, model(), {}), Error);
   caches.push_back(nullptr);
-  cache::save_prompt_file(file(), filled(4), {});
+  cache::save_prompt_file(file(), filled(4), model(), {});
   EXPECT_NE(read_text_file(file()), before);
 }
 
 /** Every length of a truncated file, and every changed byte of its header, is an error or a cache, never a crash. */
 TEST_F(PromptFile, BrokenFilesAreErrors) {
-  cache::save_prompt_file(file(), filled(2), {{"model", "m"}});
+  cache::save_prompt_file(file(), filled(2), model(), {{"model", "m"}});
   const auto whole = read_text_file(file());
   uint64_t header = 0;
   std::memcpy(&header, whole.data(), 8);
@@ -223,8 +223,12 @@ TEST_F(PromptFile, HostileStatesAreRefused) {
 }
 
 TEST_F(PromptFile, HostileMetadataIsRefused) {
+  rewrite([](Tensors&, Strings& s) { s["1.0"] = "ConcatenateKVCache"; });
+  expect_error("class 'ConcatenateKVCache' is not supported");
   rewrite([](Tensors&, Strings& s) { s["1.0"] = "ChunkedKVCache"; });
-  expect_error("class 'ChunkedKVCache' is not supported");
+  expect_error("got a ChunkedKVCache, wanted one without chunks");
+  rewrite([](Tensors&, Strings& s) { s["1.0"] = "CacheList"; });
+  expect_error("belongs to no cache");
   rewrite([](Tensors&, Strings& s) { s["1.0"] = "ArraysCache"; });
   expect_error("got a ArraysCache");
   rewrite([](Tensors&, Strings& s) { s.erase("1.1"); });
@@ -234,11 +238,163 @@ TEST_F(PromptFile, HostileMetadataIsRefused) {
   rewrite([](Tensors&, Strings& s) { s["7.0"] = "x"; });
   expect_error("not that of a prompt cache");
   rewrite([](Tensors&, Strings& s) { s["2.1.1"] = "list"; });
-  expect_error("not known");
+  expect_error("is not known");
   rewrite([](Tensors&, Strings& s) { s.erase("2.1.1"); });
   expect_error("has no type");
   rewrite([](Tensors&, Strings& s) { s.erase("2.0"); });
   EXPECT_NE(error(), "");
+}
+
+/** Chunks of 8 in three layers of four. */
+arch::Model chunked_model(int chunk_tokens = 8) {
+  return model_of({{"model_type", "llama4"},
+                   {"text_config",
+                    {{"hidden_size", 64},
+                     {"intermediate_size", 32},
+                     {"intermediate_size_mlp", 64},
+                     {"num_hidden_layers", 4},
+                     {"num_attention_heads", 4},
+                     {"num_key_value_heads", 2},
+                     {"head_dim", 32},
+                     {"num_local_experts", 2},
+                     {"rms_norm_eps", 1e-5},
+                     {"vocab_size", 16},
+                     {"rope_theta", 1e4},
+                     {"attention_chunk_size", chunk_tokens}}}});
+}
+
+cache::Caches chunked(int tokens) {
+  auto caches = cache::make_caches(chunked_model());
+  for (auto& c : caches) {
+    for (int i = 0; i < tokens; ++i) dynamic_cast<cache::AttentionCache&>(*c).update(rows(1, i), rows(1, 1000 + i));
+  }
+  return caches;
+}
+
+TEST_F(PromptFile, ChunksComeBack) {
+  for (const int tokens : {0, 1, 7, 8, 9, 16, 21}) {
+    for (const int bits : {0, 8}) {
+      SCOPED_TRACE(tokens);
+      auto caches = chunked(tokens);
+      cache::quantize_caches(caches, {.bits = bits, .group_size = 32});
+      cache::save_prompt_file(file(), caches, chunked_model(), {});
+      auto loaded = cache::load_prompt_file(file(), chunked_model());
+      for (std::size_t i = 0; i < caches.size(); ++i) {
+        auto &x = dynamic_cast<cache::AttentionCache&>(*caches[i]), &y = dynamic_cast<cache::AttentionCache&>(*loaded[i]);
+        EXPECT_EQ(x.offset(), tokens);
+        EXPECT_EQ(y.offset(), tokens);
+        const auto p = x.update(rows(1, 7), rows(1, 8)), q = y.update(rows(1, 7), rows(1, 8));
+        EXPECT_EQ(p.first.shape(2), i == 3 ? tokens + 1 : tokens % 8 + 1);
+        EXPECT_TRUE(mx::array_equal(p.first, q.first).item<bool>() && mx::array_equal(p.second, q.second).item<bool>()) << "layer " << i;
+      }
+    }
+  }
+}
+
+TEST_F(PromptFile, HostileChunksAreRefused) {
+  const auto change = [&](const std::function<void(Tensors&, Strings&)>& edit) {
+    cache::save_prompt_file(file(), chunked(21), chunked_model(), {});
+    auto stored = weights::load_safetensors(file());
+    auto metadata = stored.metadata.get<Strings>();
+    edit(stored.tensors, metadata);
+    weights::save_safetensors(folder_ / "changed.safetensors", stored.tensors, metadata);
+    return error(chunked_model());
+  };
+  EXPECT_EQ(change([](auto&, auto&) {}), "");
+  for (const auto& [path, value] : {std::pair("0.2", 22),
+                                    {"0.2", -1},
+                                    {"0.2", INT32_MAX},
+                                    {"0.3", 0},
+                                    {"0.3", 16},
+                                    {"0.4", 17},
+                                    {"0.4", 22},
+                                    {"0.4", 0},
+                                    {"0.4", -8}}) {
+    EXPECT_NE(change([&](Tensors& t, Strings&) { t.insert_or_assign(path, mx::array(value)); }), "") << path << " = " << value;
+  }
+  EXPECT_NE(change([](Tensors&, Strings& s) { s["1.0"] = "KVCache"; }).find("wanted one for chunks"), std::string::npos);
+  EXPECT_NE(change([](Tensors&, Strings& s) { s["1.0"] = "RotatingKVCache"; }), "");
+  EXPECT_NE(change([](Tensors&, Strings& s) { s["1.0"] = "QuantizedChunkedKVCache"; }), "");
+  EXPECT_NE(change([](Tensors& t, Strings&) { t.erase("0.4"); }), "");
+  EXPECT_EQ(change([](auto&, auto&) {}), "");
+  EXPECT_NE(error(chunked_model(16)).find("got chunks of 8 tokens, wanted 16"), std::string::npos);
+}
+
+/** A state space and attention in each of two layers. */
+arch::Model parallel_model() {
+  return model_of({{"model_type", "falcon_h1"},
+                   {"hidden_size", 64},
+                   {"intermediate_size", 64},
+                   {"num_hidden_layers", 2},
+                   {"num_attention_heads", 4},
+                   {"num_key_value_heads", 2},
+                   {"head_dim", 32},
+                   {"mamba_n_heads", 4},
+                   {"mamba_d_head", 16},
+                   {"mamba_d_state", 16},
+                   {"rms_norm_eps", 1e-5},
+                   {"vocab_size", 16}});
+}
+
+cache::Caches parallel(int tokens) {
+  auto caches = cache::make_caches(parallel_model());
+  for (auto& c : caches) {
+    if (auto* attention = dynamic_cast<cache::AttentionCache*>(c.get())) {
+      attention->update(rows(tokens, 1), rows(tokens, 2));
+      continue;
+    }
+    auto& recurrent = dynamic_cast<cache::RecurrentCache&>(*c);
+    recurrent.set_slot(0, mx::full({1, 3, 64 + 2 * 16}, 0.5f));
+    recurrent.set_slot(1, mx::full({1, 4, 16, 16}, 0.25f));
+    recurrent.advance(tokens);
+  }
+  return caches;
+}
+
+TEST_F(PromptFile, ListsComeBack) {
+  for (const int bits : {0, 4}) {
+    auto caches = parallel(5);
+    ASSERT_EQ(caches.size(), 4u);
+    cache::quantize_caches(caches, {.bits = bits, .group_size = 32});
+    cache::save_prompt_file(file(), caches, parallel_model(), {});
+    EXPECT_EQ(weights::load_safetensors(file()).metadata.at("1.1"), "CacheList");
+    auto loaded = cache::load_prompt_file(file(), parallel_model());
+    ASSERT_EQ(loaded.size(), 4u);
+    for (const int at : {0, 2}) {
+      const auto& recurrent = dynamic_cast<cache::RecurrentCache&>(*loaded[at]);
+      EXPECT_EQ(recurrent.offset(), 5);
+      EXPECT_TRUE(mx::array_equal(*recurrent.slot(1), mx::full({1, 4, 16, 16}, 0.25f)).item<bool>());
+    }
+    EXPECT_EQ(loaded[3]->offset(), 5);
+    EXPECT_EQ(cache::trim(loaded, 2), 0) << "one of a list cannot";
+  }
+}
+
+TEST_F(PromptFile, HostileListsAreRefused) {
+  const auto change = [&](const std::function<void(Tensors&, Strings&)>& edit) {
+    cache::save_prompt_file(file(), parallel(5), parallel_model(), {});
+    auto stored = weights::load_safetensors(file());
+    auto metadata = stored.metadata.get<Strings>();
+    edit(stored.tensors, metadata);
+    weights::save_safetensors(folder_ / "changed.safetensors", stored.tensors, metadata);
+    return error(parallel_model());
+  };
+  const auto says = [&](const std::function<void(Tensors&, Strings&)>& edit, const std::string& part) {
+    const auto message = change(edit);
+    EXPECT_NE(message.find(part), std::string::npos) << "got: " << message << "\nwanted: " << part;
+  };
+  EXPECT_EQ(change([](auto&, auto&) {}), "");
+  says([](Tensors&, Strings& s) { s["1.0"] = "KVCache"; }, "is not known");
+  says([](Tensors& t, Strings&) { t.insert_or_assign("0.2.0.0", rows(1, 1)); }, "got a list of 3, wanted 2");
+  says([](Tensors& t, Strings&) { t.insert_or_assign("0.17.0.0", rows(1, 1)); }, "more than 16");
+  says([](Tensors& t, Strings&) { t.insert_or_assign("0.0.7", rows(1, 1)); }, "belongs to no cache");
+  says([](Tensors& t, Strings&) { t.insert_or_assign("0.x", rows(1, 1)); }, "belongs to no cache");
+  says([](Tensors& t, Strings&) { t.insert_or_assign("0.0.1", t.at("0.1.1")); }, "got a KVCache, wanted one for a recurrent layer");
+  says([](Tensors& t, Strings&) { t.insert_or_assign("0.0.1", mx::array({7, 8}, mx::int32)); }, "a name in ASCII");
+  says([](Tensors& t, Strings&) { t.insert_or_assign("0.0.1", mx::zeros({4000}, mx::int32)); }, "a short text");
+  says([](Tensors& t, Strings&) { t.erase("0.0.1"); }, "class ''");
+  EXPECT_EQ(change([](auto&, auto&) {}), "");
+  EXPECT_NE(error(chunked_model()), "");
 }
 
 TEST(TrimAndCopy, WorkOverAllLayers) {

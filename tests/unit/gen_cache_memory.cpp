@@ -53,6 +53,26 @@ TEST(CacheBytes, StatesStayFloat32) {
   EXPECT_EQ(gen::value_bytes(caches), 2);
 }
 
+TEST(CacheBytes, ChunksAreBounded) {
+  const auto chunked = arch::build(arch::Config({{"model_type", "llama4"},
+                                                 {"text_config",
+                                                  {{"hidden_size", 64},
+                                                   {"intermediate_size", 32},
+                                                   {"intermediate_size_mlp", 64},
+                                                   {"num_hidden_layers", 4},
+                                                   {"num_attention_heads", 4},
+                                                   {"num_key_value_heads", 2},
+                                                   {"head_dim", 32},
+                                                   {"num_local_experts", 2},
+                                                   {"rms_norm_eps", 1e-5},
+                                                   {"vocab_size", 16},
+                                                   {"rope_theta", 1e4},
+                                                   {"attention_chunk_size", 64}}}}));
+  EXPECT_EQ(gen::cache_bytes(chunked, 1000, {}), (3 * 64 + 1000) * 128 * 2);
+  EXPECT_EQ(gen::cache_bytes(chunked, 50, {}), 4 * 50 * 128 * 2);
+  EXPECT_EQ(gen::cache_bytes(chunked, 1000, {.max_kv_size_tokens = 10}), (3 * 64 + 10) * 128 * 2);
+}
+
 TEST(CacheBytes, QuantizedOnesAreFloatsAtFirst) {
   const cache::Quantization q{.bits = 4, .group_size = 64, .start_tokens = 0};
   const int64_t row = 256 / 2 + 256 / 64 * 2 * 2;  // codes, and a scale and a bias a group

@@ -47,6 +47,8 @@ std::string cache_text(const plan::LayerCache& cache) {
       return "full";
     case plan::CacheKind::rotating:
       return "rotating " + std::to_string(cache.window_tokens);
+    case plan::CacheKind::chunked:
+      return "chunked " + std::to_string(cache.window_tokens);
     case plan::CacheKind::recurrent:
       return "recurrent";
   }
@@ -86,7 +88,7 @@ TEST_P(Golden, TensorNamesAndShapes) {
 
 TEST_P(Golden, CacheLayout) {
   std::vector<std::string> got;
-  for (const auto& cache : plan::cache_layout(model)) got.push_back(std::to_string(got.size()) + " " + cache_text(cache));
+  for (const auto& cache : plan::cache_layout(model)) got.push_back(std::to_string(cache.layer) + " " + cache_text(cache));
   EXPECT_EQ(got, lines_of(GetParam(), "cache"));
 }
 

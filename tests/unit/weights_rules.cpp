@@ -4,6 +4,7 @@
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
+#include "arch/registry.h"
 #include "unit/weights_support.h"
 #include "weights/weights.h"
 
@@ -225,6 +226,68 @@ TEST(WeightRules, AddOneToPublishedNorms) {
   EXPECT_TRUE(same(applied({{"a.norm.weight", norm}, {"a.conv1d.weight", mx::zeros({2, 1, 4})}}, conv).at("a.norm.weight"),
                    mx::array({1.5f, 0.f})));
   EXPECT_TRUE(same(applied({{"a.norm.weight", norm}, {"a.conv1d.weight", mx::zeros({2, 4, 1})}}, conv).at("a.norm.weight"), norm));
+}
+
+TEST(WeightRules, MultiplyPublishedWeights) {
+  const char* sign = "*conv1d.weight";
+  const auto w = mx::reshape(mx::arange(6, mx::float32), {3, 2}), published = mx::zeros({2, 1, 4}), converted = mx::zeros({2, 4, 1});
+  const Rule to_nlc{Rule::conv_ncl_to_nlc, sign};
+  const auto all = with({{Rule::multiply, "*.w", sign, {{2.f}}}, to_nlc});
+  EXPECT_TRUE(same(applied({{"a.w", w}, {"a.conv1d.weight", published}}, all).at("a.w"), w * mx::array(2.f)));
+  EXPECT_TRUE(same(applied({{"a.w", w}, {"a.conv1d.weight", converted}}, all).at("a.w"), w));
+  const auto half = mx::astype(w, mx::bfloat16);
+  EXPECT_TRUE(same(applied({{"a.w", half}, {"a.conv1d.weight", published}}, all).at("a.w"), mx::astype(w * mx::array(2.f), mx::bfloat16)));
+  const auto by_row = with({{Rule::multiply, "*.w", sign, {{2.f, 1}, {-1.f, 2}}}, to_nlc});
+  EXPECT_TRUE(same(applied({{"a.w", w}, {"a.conv1d.weight", published}}, by_row).at("a.w"),
+                   mx::reshape(mx::array({0.f, 2.f, -2.f, -3.f, -4.f, -5.f}), {3, 2})));
+  for (const auto& bad : {mx::zeros({4, 2}), mx::zeros({})}) {
+    Tensors tensors = {{"a.w", bad}, {"a.conv1d.weight", published}};
+    expect_error(Code::bad_weights, {"a.w: wanted 3 rows"}, [&] { apply_rules(tensors, by_row); });
+  }
+}
+
+/** The published multipliers of Falcon-H1, with those of keys and values, which mlx_lm leaves out. */
+TEST(WeightRules, FalconMultipliers) {
+  const auto model = arch::build(arch::Config({{"model_type", "falcon_h1"},
+                                               {"hidden_size", 8},
+                                               {"intermediate_size", 8},
+                                               {"num_hidden_layers", 1},
+                                               {"num_attention_heads", 1},
+                                               {"head_dim", 4},
+                                               {"mamba_n_heads", 1},
+                                               {"mamba_d_head", 2},
+                                               {"mamba_d_state", 1},
+                                               {"rms_norm_eps", 1e-5},
+                                               {"vocab_size", 2},
+                                               {"attention_in_multiplier", 2.0},
+                                               {"key_multiplier", 0.25},
+                                               {"ssm_in_multiplier", 3.0},
+                                               {"ssm_multipliers", {1, 2, 4, 8, 16}}}));
+  const std::string at = "model.layers.0.";
+  const auto ones = mx::ones({1, 2});
+  const auto got = applied({{at + "self_attn.q_proj.weight", ones},
+                            {at + "self_attn.k_proj.weight", ones},
+                            {at + "self_attn.v_proj.weight", ones},
+                            {at + "mamba.in_proj.weight", mx::ones({7, 1})},
+                            {at + "mamba.conv1d.weight", mx::zeros({4, 1, 4})}},
+                           model);
+  EXPECT_TRUE(same(got.at(at + "self_attn.q_proj.weight"), ones * mx::array(2.f)));
+  EXPECT_TRUE(same(got.at(at + "self_attn.k_proj.weight"), ones * mx::array(0.5f)));
+  EXPECT_TRUE(same(got.at(at + "self_attn.v_proj.weight"), ones * mx::array(2.f)));
+  EXPECT_TRUE(same(got.at(at + "mamba.in_proj.weight"), mx::reshape(mx::array({3.f, 3.f, 6.f, 6.f, 12.f, 24.f, 48.f}), {7, 1})));
+  EXPECT_EQ(got.at(at + "mamba.conv1d.weight").shape(), (mx::Shape{4, 4, 1}));
+}
+
+TEST(WeightRules, SwapAxes) {
+  const Rule swap{Rule::swap_axes, "*.experts.down_proj", "*.experts.down_proj.weight"};
+  const auto w = mx::reshape(mx::arange(12), {2, 2, 3});
+  const auto got = applied({{"a.experts.down_proj", w}, {"a.down_proj", number(1)}}, swap);
+  EXPECT_EQ(names(got), (Names{"a.down_proj", "a.experts.down_proj.weight"}));
+  EXPECT_TRUE(same(got.at("a.experts.down_proj.weight"), mx::swapaxes(w, 1, 2)));
+  for (const auto& bad : {mx::zeros({2, 3}), mx::zeros({})}) {
+    Tensors tensors = {{"a.experts.down_proj", bad}};
+    expect_error(Code::bad_weights, {"wanted three axes"}, [&] { apply_rules(tensors, with({swap})); });
+  }
 }
 
 TEST(WeightRules, SplitGateUp) {
