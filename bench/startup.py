@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Seconds from process start to the end of an answer of one token, and peak memory against the size of the weights. Prints one line of JSON a model.
+"""Seconds from process start to the text of the first token and to the end of an answer of one token, and peak memory against the size of the
+weights. Prints one line of JSON a model.
 
 Usage: startup.py --program build/mlx-lm MODEL...
 """
@@ -13,14 +14,22 @@ import sys
 import time
 
 
+HEADER = b"==========\n"
+
+
 def run(command):
-    """Wall seconds and peak bytes of one process."""
+    """Seconds to the answer's first byte, seconds to the end, and peak bytes of one process."""
     start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    output, first = b"", None
+    while part := os.read(child.stdout.fileno(), 1 << 16):
+        output += part
+        if first is None and len(output) > len(HEADER):
+            first = time.perf_counter() - start
     _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        sys.exit(f"error: {' '.join(command)}: status {status}")
-    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if status or not output.startswith(HEADER):
+        sys.exit(f"error: {' '.join(command)}: status {status}, {output[:100]}")
+    return first, time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main():
@@ -34,10 +43,10 @@ def main():
         weights = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
         command = [args.program, "generate", "--model", model, "--prompt", "Hello", "--max-tokens", "1"]
         results = [run(command) for _ in range(args.runs + 1)][1:]  # the first warms up the file cache
-        seconds, peaks = zip(*results)
+        first, end, peaks = zip(*results)
         peak = statistics.median(peaks)
-        print(json.dumps({"model": path.name, "weights_mb": round(weights / 1e6), "first_token_s": round(statistics.median(seconds), 3),
-                          "fastest_s": round(min(seconds), 3), "peak_memory_mb": round(peak / 1e6), "peak_to_weights": round(peak / weights, 2)}))
+        print(json.dumps({"model": path.name, "weights_mb": round(weights / 1e6), "first_token_s": round(statistics.median(first), 3),
+                          "fastest_s": round(min(first), 3), "end_s": round(statistics.median(end), 3), "peak_memory_mb": round(peak / 1e6), "peak_to_weights": round(peak / weights, 2)}))
 
 
 if __name__ == "__main__":

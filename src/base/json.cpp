@@ -2,6 +2,7 @@
 #include "base/json.h"
 
 #include <cstddef>
+#include <cstring>
 #include <limits>
 
 #include "base/error.h"
@@ -106,6 +107,33 @@ json read_json_file(const std::filesystem::path& path) {
 
 std::string to_text(const json& value, int indent) {
   return value.dump(indent, ' ', false, json::error_handler_t::replace);
+}
+
+json packed_texts(std::span<const std::byte> encoded) {
+  const auto* begin = reinterpret_cast<const uint8_t*>(encoded.data());
+  return json::binary(std::vector<uint8_t>(begin, begin + encoded.size()));
+}
+
+std::vector<std::string_view> texts_of(const json& list, std::string_view where) {
+  std::vector<std::string_view> texts;
+  if (list.is_binary()) {
+    const auto& bytes = list.get_binary();
+    for (std::size_t at = 0; at < bytes.size();) {
+      uint64_t length = 0;
+      if (bytes.size() - at >= sizeof length) std::memcpy(&length, bytes.data() + at, sizeof length);
+      if (bytes.size() - at < sizeof length || length > bytes.size() - at - sizeof length)
+        throw Error(Code::bad_config, std::string(where), "its last text is cut off");
+      texts.emplace_back(reinterpret_cast<const char*>(bytes.data()) + at + sizeof length, length);
+      at += sizeof length + length;
+    }
+    return texts;
+  }
+  if (!list.is_array()) throw Error(Code::bad_config, std::string(where), "missing, wanted an array");
+  for (const auto& text : list) {
+    if (!text.is_string()) throw Error(Code::bad_config, std::string(where), "got an item that is no string");
+    texts.push_back(text.get_ref<const std::string&>());
+  }
+  return texts;
 }
 
 }  // namespace mlxlm

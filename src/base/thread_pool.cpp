@@ -162,8 +162,10 @@ void ThreadPool::run_region(int chunks, void (*call)(void*, int, int), void* con
     s.wake.notify_all();
   }
   s.take_chunks(0);
-  while (!spin_until([&] { return s.done.load(std::memory_order_acquire) == chunks; }, std::chrono::milliseconds(1))) {
-  }
+  // A chunk that takes longer belongs to a worker without a core: an idle one may then take it over, a busy one would not.
+  constexpr std::chrono::microseconds spin_time{100}, nap{20};
+  const auto all_done = [&] { return s.done.load(std::memory_order_acquire) == chunks; };
+  for (bool finished = spin_until(all_done, spin_time); !finished; finished = all_done()) std::this_thread::sleep_for(nap);
 }
 
 #if defined(__linux__)

@@ -73,8 +73,9 @@ json pre_tokenizer_json(const PreTokenizer& pre) {
   return {{"type", "Sequence"}, {"pretokenizers", steps}};
 }
 
+/** Its texts are the metadata's. */
 struct Vocabulary {
-  std::vector<std::string> tokens;
+  std::vector<std::string_view> tokens;
   std::vector<int> types;
   std::unordered_map<std::string_view, int> ids;
 };
@@ -90,12 +91,15 @@ const json& array_of(const json& metadata, const char* key) {
   return *value;
 }
 
+std::vector<std::string_view> texts_in(const json& metadata, const char* key) {
+  const json* value = find(metadata, key);
+  if (value == nullptr) throw Error(Code::bad_config, key, "missing, wanted an array");
+  return texts_of(*value, key);
+}
+
 Vocabulary read_vocabulary(const json& metadata) {
   Vocabulary out;
-  for (const auto& token : array_of(metadata, "tokenizer.ggml.tokens")) {
-    if (!token.is_string()) throw Error(Code::bad_config, "tokenizer.ggml.tokens", "got a token that is no string");
-    out.tokens.push_back(token.get<std::string>());
-  }
+  out.tokens = texts_in(metadata, "tokenizer.ggml.tokens");
   out.types.assign(out.tokens.size(), 1);
   if (const json* types = find(metadata, "tokenizer.ggml.token_type")) {
     if (!types->is_array() || types->size() != out.tokens.size())
@@ -130,9 +134,7 @@ using Merges = std::vector<std::array<uint32_t, 2>>;
 Merges bpe_merges(const json& metadata, const Vocabulary& vocabulary) {
   Merges out;
   std::string whole;
-  for (const auto& merge : array_of(metadata, "tokenizer.ggml.merges")) {
-    if (!merge.is_string()) throw Error(Code::bad_config, "tokenizer.ggml.merges", "got a merge that is no string");
-    const std::string_view text = merge.get_ref<const std::string&>();
+  for (const auto text : texts_in(metadata, "tokenizer.ggml.merges")) {
     const auto space = text.find(' ', 1);
     if (space == std::string_view::npos) continue;
     const auto left = vocabulary.ids.find(text.substr(0, space)), right = vocabulary.ids.find(text.substr(space + 1));

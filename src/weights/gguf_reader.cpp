@@ -12,6 +12,7 @@ namespace mlxlm::weights {
 namespace {
 
 constexpr uint64_t max_items = 16'000'000;
+constexpr uint64_t many_texts = 1000;  // of a list that becomes packed_texts()
 
 std::string gguf_type_name(uint32_t type) {
   static const char* const names[] = {"F32",  "F16",  "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1",
@@ -78,6 +79,15 @@ class Reader {
     const auto type = number<uint32_t>();
     const auto count = number<uint64_t>();
     if (count > max_items || count > bytes_.size() - at_) fail("a list of " + std::to_string(count) + " values, longer than the file");
+    if (type == 8 && count >= many_texts) {
+      const auto begin = at_;
+      for (uint64_t i = 0; i < count; ++i) {
+        const auto length = number<uint64_t>();
+        if (length > bytes_.size()) fail("a string of " + std::to_string(length) + " bytes, longer than the file");
+        take(length);
+      }
+      return packed_texts(bytes_.subspan(begin, at_ - begin));
+    }
     json values = json::array();
     for (uint64_t i = 0; i < count; ++i) values.push_back(value(type, depth + 1));
     return values;

@@ -5,8 +5,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <string>
+#include <vector>
 
 #include "base/error.h"
 
@@ -14,15 +17,54 @@ namespace mlxlm::weights {
 
 namespace detail {
 
+namespace {
+
+/** A few blocks that died, for those that come: a loader that converts matrix by matrix touches the same memory again. */
+class Spares {
+ public:
+  static constexpr std::size_t length = 4 << 20;
+  /** Null when there is none. */
+  void* take() {
+    const std::lock_guard lock(mutex_);
+    if (blocks_.empty()) return nullptr;
+    void* const block = blocks_.back();
+    blocks_.pop_back();
+    return block;
+  }
+  /** Whether it is kept. */
+  bool keep(void* block) {
+    constexpr std::size_t most = 4;
+    const std::lock_guard lock(mutex_);
+    if (blocks_.size() >= most) return false;
+    blocks_.push_back(block);
+    return true;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<void*> blocks_;
+};
+
+/** Lives as long as the process: arrays may die after everything else. */
+Spares& spares() {
+  static auto* const all = new Spares;
+  return *all;
+}
+
+}  // namespace
+
 mx::allocator::Data reserve(std::size_t bytes) {
   constexpr std::size_t small = 1 << 16, before = 64;  // room for the size, and the alignment of what follows
   if (bytes < small) return mx::allocator::Data(mx::allocator::malloc(bytes));
-  const std::size_t length = bytes + before;
-  void* const base = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const std::size_t length = std::max(bytes + before, Spares::length);
+  void* base = length == Spares::length ? spares().take() : nullptr;
+  if (base == nullptr) base = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) throw Error(Code::out_of_memory, "weights", "cannot reserve " + std::to_string(bytes >> 20) + " MiB");
   auto* const size = static_cast<std::byte*>(base) + before - sizeof(std::size_t);
   std::memcpy(size, &bytes, sizeof(bytes));
-  return mx::allocator::Data(mx::allocator::Buffer(size), [base, length](mx::allocator::Buffer) { ::munmap(base, length); });
+  return mx::allocator::Data(mx::allocator::Buffer(size), [base, length](mx::allocator::Buffer) {
+    if (length != Spares::length || !spares().keep(base)) ::munmap(base, length);
+  });
 }
 
 void adopt(mx::array& a, mx::allocator::Data data) {

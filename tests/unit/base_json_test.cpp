@@ -49,6 +49,20 @@ TEST(Json, RefusesDeepNesting) {
   EXPECT_EQ(failure(std::string(100000, '[')), "file.json: nested deeper than 512 levels");
 }
 
+TEST(Json, ListsOfTextsInTwoForms) {
+  const auto packed = [](const std::string& bytes) { return packed_texts(std::as_bytes(std::span(bytes))); };
+  const std::string two("\2\0\0\0\0\0\0\0ab\0\0\0\0\0\0\0\0", 18);
+  const auto one = packed(two), other = json({"ab", ""});
+  EXPECT_EQ(texts_of(one, "x"), (std::vector<std::string_view>{"ab", ""}));
+  EXPECT_EQ(texts_of(other, "x"), (std::vector<std::string_view>{"ab", ""}));
+  EXPECT_TRUE(texts_of(packed(""), "x").empty());
+  for (std::size_t size = 1; size < two.size(); ++size) {
+    if (size == 10) continue;  // the end of the first
+    EXPECT_THROW(texts_of(packed(two.substr(0, size)), "x"), Error) << size;
+  }
+  for (const auto& bad : {json(nullptr), json(1), json("ab"), json({"a", 1}), json::object()}) EXPECT_THROW(texts_of(bad, "x"), Error);
+}
+
 TEST(Json, WritesInvalidUtf8AsReplacement) {
   EXPECT_EQ(to_text(json("a\xff")), "\"a\xEF\xBF\xBD\"");
 }

@@ -243,6 +243,18 @@ TEST_F(GgufFile, QueriesAndKeysOfLlamaChangeTheirRows) {
   EXPECT_EQ(values_of(t.at("model.layers.0.self_attn.v_proj.weight"))[2], 1.f);
 }
 
+TEST_F(GgufFile, LongListsOfTexts) {
+  file.tensors = {{"token_embd.weight", F32, {3, 4}, floats(12)}};
+  std::string list = list_head("tokenizer.ggml.tokens", 8, 1500);
+  for (int i = 0; i < 1500; ++i) list += text(std::to_string(i));
+  file.pairs.push_back(list);
+  const auto got = load();
+  const auto texts = texts_of(got.metadata->at("tokenizer.ggml.tokens"), "tokens");
+  ASSERT_EQ(texts.size(), 1500u);
+  EXPECT_EQ(texts[0], "0");
+  EXPECT_EQ(texts[1499], "1499");
+}
+
 TEST_F(GgufFile, Config) {
   file.tensors = {{"token_embd.weight", F32, {3, 4}, floats(12)}};
   file.pairs.push_back(list_head("tokenizer.ggml.tokens", 8, 2) + text("a") + text("b"));

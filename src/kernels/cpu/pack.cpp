@@ -1,5 +1,6 @@
 // MLX's quantized layouts -> panels of 16 rows.
 #include <algorithm>
+#include <mutex>
 #include <optional>
 #include <utility>
 
@@ -100,32 +101,53 @@ Source source_of(const mx::array& w, const mx::array& scales, std::optional<mx::
 
 }  // namespace
 
-Arena::Arena(int64_t bytes) : bytes_(bytes) {
-  const bool large = bytes >= huge_page;
-  const int64_t alignment = large ? huge_page : 64, slack = 8192;  // kernels prefetch past the end
-  const int64_t size = (bytes + slack + alignment - 1) / alignment * alignment;
-  data_ = static_cast<uint8_t*>(std::aligned_alloc(alignment, size));
-  if (data_ == nullptr) throw Error(Code::out_of_memory, "weights", "cannot reserve " + std::to_string(bytes >> 20) + " MiB");
+class Slab {
+ public:
+  explicit Slab(int64_t bytes) : size_(bytes) {
+    const bool large = bytes >= huge_page;
+    const int64_t alignment = large ? huge_page : line, slack = 8192;  // kernels prefetch past the end
+    const int64_t size = (bytes + slack + alignment - 1) / alignment * alignment;
+    data_ = static_cast<uint8_t*>(std::aligned_alloc(alignment, size));
+    if (data_ == nullptr) throw Error(Code::out_of_memory, "weights", "cannot reserve " + std::to_string(bytes >> 20) + " MiB");
 #if defined(MADV_HUGEPAGE)
-  if (large) {
-    // The last large page only where most of it is used: half of one on average, for each matrix, is much of a small model.
-    const int64_t whole = size - bytes > bytes / 32 ? size - alignment : size;
-    madvise(data_, whole, MADV_HUGEPAGE);
-    if (whole < size) madvise(data_ + whole, size - whole, MADV_NOHUGEPAGE);
-  }
+    if (large) {
+      // The last large page only where most of it is used: half of one on average, for each matrix, is much of a small model.
+      const int64_t whole = size - bytes > bytes / 32 ? size - alignment : size;
+      madvise(data_, whole, MADV_HUGEPAGE);
+      if (whole < size) madvise(data_ + whole, size - whole, MADV_NOHUGEPAGE);
+    }
 #endif
-}
+  }
+  ~Slab() { std::free(data_); }
+  Slab(const Slab&) = delete;
+  Slab& operator=(const Slab&) = delete;
+  /** Null when there is not enough left. */
+  uint8_t* take(int64_t bytes) {
+    if (bytes > size_ - used_) return nullptr;
+    uint8_t* const at = data_ + used_;
+    used_ += (bytes + line - 1) / line * line;
+    return at;
+  }
 
-Arena::~Arena() {
-  std::free(data_);
-}
+ private:
+  static constexpr int64_t line = 64;
+  uint8_t* data_ = nullptr;
+  int64_t size_, used_ = 0;
+};
 
-Arena::Arena(Arena&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
-
-Arena& Arena::operator=(Arena&& other) noexcept {
-  std::swap(data_, other.data_);
-  std::swap(bytes_, other.bytes_);
-  return *this;
+Arena::Arena(int64_t bytes) : bytes_(bytes) {
+  constexpr int64_t shared_bytes = 8 * huge_page, small = 2 * huge_page;
+  static std::mutex mutex;
+  static std::weak_ptr<Slab> latest;
+  const std::lock_guard lock(mutex);
+  if (bytes < small) {
+    slab_ = latest.lock();
+    data_ = slab_ ? slab_->take(bytes) : nullptr;
+    if (data_ != nullptr) return;
+  }
+  slab_ = std::make_shared<Slab>(bytes < small ? shared_bytes : bytes);
+  data_ = slab_->take(bytes);
+  if (bytes < small) latest = slab_;
 }
 
 Storage storage_of(mx::Dtype dtype) {

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "kernels/cpu/isa.h"
@@ -11,18 +12,19 @@
 
 namespace mlxlm::kernels::cpu {
 
-/** 64-byte aligned memory, in huge pages where the system gives them. */
+class Slab;
+
+/** 64-byte aligned memory, in huge pages where the system gives them: small ones lie side by side, as each alone would have none. Reading
+ * some KB past the end is allowed. */
 class Arena {
  public:
   Arena() = default;
   explicit Arena(int64_t bytes);
-  ~Arena();
-  Arena(Arena&& other) noexcept;
-  Arena& operator=(Arena&& other) noexcept;
   uint8_t* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
 
  private:
+  std::shared_ptr<Slab> slab_;
   uint8_t* data_ = nullptr;
   int64_t bytes_ = 0;
 };
