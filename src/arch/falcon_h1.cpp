@@ -19,6 +19,7 @@ Mamba2 mamba(const Config& c) {
             .norm_eps = rms(c, "").eps,
             .norm_before_gate = c.flag("mamba_norm_before_gate", false)};
   if (op.heads > max_heads || op.head_dim > max_head_dim) c.fail("mamba_n_heads", "out of range, and mamba_d_head");
+  if (op.groups > max_heads || op.state > max_head_dim) c.fail("mamba_n_groups", "out of range, and mamba_d_state");
   const int inner = op.heads * op.head_dim;
   if (const int written = c.positive("mamba_d_ssm", inner); written != inner) {
     c.fail("mamba_d_ssm", "got " + std::to_string(written) + ", wanted mamba_n_heads of mamba_d_head, " + std::to_string(inner));

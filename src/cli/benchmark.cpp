@@ -31,7 +31,7 @@ namespace mx = mlx::core;
 using Clock = std::chrono::steady_clock;
 
 struct Arguments {
-  std::string model, cpu_precision = "default";
+  std::string model, cpu_precision = "default", executor = "best";
   int prompt_tokens = 512, generation_tokens = 1024, batch_size = 1, trials = 5, prefill_step_size = 2048, delay_s = 0, threads = 0;
   CacheFlags cache{.max_kv_size = {}, .kv_bits = {}, .kv_group_size = {}, .quantized_kv_start = 0};
   bool pipeline = false, quantize_activations = false, trust_remote_code = false, json = false, bandwidth = false;
@@ -172,7 +172,9 @@ int run(const Arguments& a) {
   use_threads(a.threads);
   set_cpu_precision(a.cpu_precision);
   auto session =
-      open_session(find_model(a.model), {.executor = model::Executor::best, .adapter = {}, .quantize_activations = a.quantize_activations});
+      open_session(find_model(a.model), {.executor = a.executor == "graph" ? model::Executor::graph : model::Executor::best,
+                                         .adapter = {},
+                                         .quantize_activations = a.quantize_activations});
   const auto prompts = random_prompts(a, session.loaded.model->description().vocab);
   const InterruptGuard guard;
   const auto once = [&] { return a.batch_size == 1 ? single(a, session, prompts[0]) : batched(a, session, prompts); };
@@ -226,6 +228,9 @@ void add_benchmark(CLI::App& app, Action& action) {
   c.add_flag("--pipeline", a->pipeline, "Pipeline over several machines (not supported yet)");
   c.add_flag("--quantize-activations", a->quantize_activations, "Round activations to the format of the weights, mxfp8 or nvfp4; also -qa");
   c.add_option("--prefill-step-size", a->prefill_step_size, "Prompt tokens processed at a time")->capture_default_str();
+  c.add_option("--executor", a->executor, "best: our kernels for whole steps where there are; graph: MLX operations")
+      ->check(CLI::IsMember({"best", "graph"}))
+      ->capture_default_str();
   c.add_option("--delay", a->delay_s, "Seconds between trials")->capture_default_str();
   c.add_flag("--trust-remote-code", a->trust_remote_code, "Accepted for compatibility: no code of a model is ever run");
   add_kv_bits(c, a->cache);

@@ -188,12 +188,14 @@ void multiply(Tensors& tensors, const Rule& rule) {
       value = mx::multiply(value, mx::array(rule.factors[0].value, value.dtype()));
       continue;
     }
+    int64_t rows = 0;
+    for (const auto& factor : rule.factors) rows += factor.rows;
+    if (value.ndim() == 0 || value.shape(0) != rows) {
+      throw Error(Code::bad_weights, shown_name(name), "wanted " + std::to_string(rows) + " rows");
+    }
     std::vector<float> by_row;
     for (const auto& factor : rule.factors) by_row.insert(by_row.end(), factor.rows, factor.value);
     mx::Shape column(value.ndim(), 1);
-    if (value.ndim() == 0 || value.shape(0) != static_cast<int>(by_row.size())) {
-      throw Error(Code::bad_weights, shown_name(name), "wanted " + std::to_string(by_row.size()) + " rows");
-    }
     column[0] = value.shape(0);
     value = mx::multiply(value, mx::astype(mx::array(by_row.data(), column, mx::float32), value.dtype()));
   }

@@ -73,7 +73,7 @@ class GatheredForm {
     in_parallel(chunks, [&](int chunk) {
       for (int64_t i = int64_t(rows) * chunk / chunks; i < int64_t(rows) * (chunk + 1) / chunks; ++i) {
         const int64_t row = order[i] / top_k;
-        std::memcpy(x + i * wide, from.x + row * wide, wide * sizeof(float));
+        if (wide > 0) std::memcpy(x + i * wide, from.x + row * wide, wide * sizeof(float));
         if (groups > 0) std::memcpy(sums + i * groups, from.sums + row * groups, groups * sizeof(float));
         if (digits == 0) continue;
         std::memcpy(digits_.data() + i * digits, from.digits + row * digits, digits);
