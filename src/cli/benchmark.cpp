@@ -171,10 +171,9 @@ int run(const Arguments& a) {
   check(a);
   use_threads(a.threads);
   set_cpu_precision(a.cpu_precision);
-  auto session =
-      open_session(find_model(a.model), {.executor = a.executor == "graph" ? model::Executor::graph : model::Executor::best,
-                                         .adapter = {},
-                                         .quantize_activations = a.quantize_activations});
+  auto session = open_session(find_model(a.model), {.executor = a.executor == "graph" ? model::Executor::graph : model::Executor::best,
+                                                    .adapter = {},
+                                                    .quantize_activations = a.quantize_activations});
   const auto prompts = random_prompts(a, session.loaded.model->description().vocab);
   const InterruptGuard guard;
   const auto once = [&] { return a.batch_size == 1 ? single(a, session, prompts[0]) : batched(a, session, prompts); };

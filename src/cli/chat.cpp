@@ -252,11 +252,7 @@ void Repl::answer(const std::string& message) {
     write(terminal_ ? harmless(text) : text);
   };
   std::optional<InterruptGuard> guard;  // in a pipe, Ctrl-C ends all
-  if (terminal_) {
-    Interrupts::clear();
-  } else {
-    guard.emplace();
-  }
+  if (!terminal_) guard.emplace();
   Conversation::Turn turn;
   try {
     turn = conversation_.answer(message, on_text);
@@ -276,6 +272,7 @@ void Repl::answer(const std::string& message) {
 int Repl::run() {
   while (!quit_) {
     try {
+      if (terminal_) Interrupts::clear();
       Input input;
       const auto got = read_input(input);
       if (got == LineEditor::Got::end) break;

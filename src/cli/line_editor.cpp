@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <optional>
 #include <vector>
 
 #include <fcntl.h>
@@ -47,23 +48,27 @@ void on_interrupt(int signal) {
   errno = saved_errno;
 }
 
-enum class Input { ready, interrupted };
-
-/** Waits for stdin, or for Ctrl-C where a pipe tells of it. */
-Input wait_for_input(bool terminal) {
-  if (!terminal) return Input::ready;  // read() itself waits
-  pollfd wanted[2] = {{STDIN_FILENO, POLLIN, 0}, {Interrupts::wake_fd(), POLLIN, 0}};
-  while (::poll(wanted, 2, -1) < 0) {
-    if (errno != EINTR && errno != EAGAIN) return Input::ready;  // read() will tell
-  }
-  return wanted[1].revents != 0 ? Input::interrupted : Input::ready;
+/** Where to read from: for a terminal a description of our own, so that reads need not block and nobody else's do not. Ctrl-C empties the
+ * terminal's queue: after a poll that saw bytes there may be none. */
+int input_fd(bool terminal) {
+  static const int own = [] {
+    const char* name = ::ttyname(STDIN_FILENO);
+    return name ? ::open(name, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) : -1;
+  }();
+  return terminal && own >= 0 ? own : STDIN_FILENO;
 }
 
-/** read(2) that is not stopped by signals. */
-ssize_t read_stdin(char* to, std::size_t count) {
+/** read(2) that waits for bytes, or for Ctrl-C where a pipe tells of it: nothing then. -1 for errors, 0 at the end. */
+std::optional<ssize_t> read_input(bool terminal, char* to, std::size_t count) {
+  const int fd = input_fd(terminal);
   while (true) {
-    const ssize_t got = ::read(STDIN_FILENO, to, count);
-    if (got >= 0 || errno != EINTR) return got;
+    pollfd wanted[2] = {{fd, POLLIN, 0}, {terminal ? Interrupts::wake_fd() : -1, POLLIN, 0}};
+    while (::poll(wanted, 2, -1) < 0) {
+      if (errno != EINTR && errno != EAGAIN) return -1;
+    }
+    if (wanted[1].revents != 0) return std::nullopt;
+    const ssize_t got = ::read(fd, to, count);
+    if (got >= 0 || (errno != EINTR && errno != EAGAIN)) return got;
   }
 }
 
@@ -259,14 +264,14 @@ int LineEditor::Editing::read_char(EditLine* editor, wchar_t* c) {
   auto& self = of(editor);
   std::string bytes;
   do {
-    if (wait_for_input(true) == Input::interrupted) {
+    char byte = 0;
+    const auto got = read_input(true, &byte, 1);
+    if (!got) {
       self.interrupted = true;
       errno = EINTR;
       return -1;
     }
-    char byte = 0;
-    const ssize_t got = read_stdin(&byte, 1);
-    if (got <= 0) return static_cast<int>(got);
+    if (*got <= 0) return static_cast<int>(*got);
     bytes += byte;
   } while (complete_utf8_prefix(bytes) == 0);
   std::size_t at = 0;
@@ -312,7 +317,6 @@ LineEditor::Got LineEditor::read(const char* prompt, std::string& line) {
   auto& e = *editing_;
   e.prompt = to_wide(prompt);
   e.interrupted = false;
-  Interrupts::clear();
   el_resize(e.editor);
   int count = 0;
   const wchar_t* text = nullptr;
@@ -363,7 +367,6 @@ LineEditor::~LineEditor() = default;
 
 LineEditor::Got LineEditor::read_plain(const char* prompt, std::string& line) {
   if (terminal_) {
-    Interrupts::clear();
     std::fputs(prompt, stdout);
     std::fflush(stdout);
   }
@@ -387,17 +390,17 @@ LineEditor::Got LineEditor::read_plain(const char* prompt, std::string& line) {
       buffer_.clear();
     }
     scanned_ = buffer_.size();
-    if (wait_for_input(terminal_) == Input::interrupted) {
+    char bytes[16384];
+    const auto got = read_input(terminal_, bytes, sizeof bytes);
+    if (!got) {
       std::fputs("\n", stdout);
       buffer_.clear();
       scanned_ = 0;
       return Got::interrupted;
     }
-    char bytes[16384];
-    const ssize_t got = read_stdin(bytes, sizeof bytes);
-    if (got < 0) throw Error(Code::io, "stdin", std::strerror(errno));
-    ended = got == 0;
-    buffer_.append(bytes, static_cast<std::size_t>(got));
+    if (*got < 0) throw Error(Code::io, "stdin", std::strerror(errno));
+    ended = *got == 0;
+    buffer_.append(bytes, static_cast<std::size_t>(*got));
   }
 }
 

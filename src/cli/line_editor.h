@@ -31,7 +31,8 @@ class LineEditor {
   LineEditor& operator=(const LineEditor&) = delete;
 
   /** The next line, without its end; valid UTF-8, and of more than one line when it was pasted so. Throws Error(bad_request) for one that
-   * is too long (the next call reads the line after it) and Error(io). */
+   * is too long (the next call reads the line after it) and Error(io). Ctrl-C pressed since the last Interrupts::clear() interrupts it at
+   * once: between two lines of one message it must not be lost. */
   Got read(const char* prompt, std::string& line);
   /** Makes an entry the newest of the history; nothing unless lines are edited. */
   void remember(const std::string& entry);

@@ -9,6 +9,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from array import array
 
@@ -418,6 +419,41 @@ def test_terminal_interrupt_clears_the_line(model, tmp_path, term):
         t.expect(b">> ")
         t.send("\x03")
         t.expect(b">> ")
+        t.send("\x04")
+        assert t.status() == 0
+
+
+SLOW_INPUT = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <poll.h>
+#include <unistd.h>
+int poll(struct pollfd* wanted, nfds_t count, int timeout) {
+  int (*real)(struct pollfd*, nfds_t, int) = dlsym(RTLD_NEXT, "poll");
+  const int ready = real(wanted, count, timeout);
+  if (ready > 0) for (int i = 0; i < 5; ++i) usleep(1000);
+  return ready;
+}
+ssize_t read(int file, void* to, size_t count) {
+  ssize_t (*real)(int, void*, size_t) = dlsym(RTLD_NEXT, "read");
+  const ssize_t got = real(file, to, count);
+  if (isatty(file)) for (int i = 0; i < 5; ++i) usleep(1000);
+  return got;
+}
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("cc"), reason="wants LD_PRELOAD and a compiler")
+def test_terminal_interrupt_is_never_lost(model, tmp_path, term):
+    """Ctrl-C right after a line, with a program that is slow between poll() and read() and after read()."""
+    (tmp_path / "slow.c").write_text(SLOW_INPUT)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "slow.so", tmp_path / "slow.c", "-ldl"], check=True)
+    with Terminal(model, tmp_path, "-m", 4, term=term, LD_PRELOAD=str(tmp_path / "slow.so")) as t:
+        for i in range(12):
+            t.send('"""\nnor that')
+            time.sleep(i / 1000)
+            t.send("\x03")
+            t.expect(b">> ", timeout=10)
         t.send("\x04")
         assert t.status() == 0
 
