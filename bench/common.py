@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 
-SHARE = "% of read bandwidth"  # beside "decode": weights read a second, against what this machine reads from memory
+# Beside "decode": weights read a second, against what this machine reads from memory, and as many bytes over and over (caches hold a part).
+SHARE, REREAD_SHARE = "% of read bandwidth", "% of reread bandwidth"
 LIMIT_S = 900  # for one process; a machine that takes longer measures nothing
 
 
@@ -125,6 +126,6 @@ def table_of(result):
     lines = [row_of(["", *us]), "|---" * (len(us) + 1) + "|", row_of([ours, *map(number_of, us.values())])]
     lines += [row_of([name, *(number_of(rates.get(kind)) for kind in us)]) for name, rates in others]
     for name, rates in others:
-        ratios = ["" if kind.endswith(SHARE) or kind not in rates else f"{us[kind] / rates[kind]:.2f}" for kind in us]
+        ratios = ["" if kind.startswith("%") or kind not in rates else f"{us[kind] / rates[kind]:.2f}" for kind in us]
         lines.append(row_of([f"ratio to {name}", *ratios]))
     return "\n".join(lines)

@@ -8,6 +8,7 @@ together (total). Every work is run by each contender before the next one. Each 
 import argparse
 
 from common import (
+    REREAD_SHARE,
     SHARE,
     add_arguments,
     add_llama_cpp,
@@ -25,7 +26,7 @@ OURS = "mlx-lm.cpp"
 
 class Contenders:
     def __init__(self, args):
-        self.args, self.peers, self.read_bandwidth = args, peers_of(args), None
+        self.args, self.peers, self.bandwidths = args, peers_of(args), {}
 
     def ours(self, prompt, tokens, *flags, sequences=1):
         args = self.args
@@ -46,12 +47,13 @@ class Contenders:
     def decode(self, name):
         if name == OURS:
             result = self.ours(4, self.args.decode, *(["--bandwidth"] if self.args.bandwidth else []))
-            rate, weights, self.read_bandwidth = result["generation_tps"][0], result["weight_bytes"], result.get("read_bandwidth_gb_s")
+            rate, weights = result["generation_tps"][0], result["weight_bytes"]
+            if self.args.bandwidth:
+                self.bandwidths = {SHARE: result["read_bandwidth_gb_s"], REREAD_SHARE: result["reread_bandwidth_gb_s"]}
         else:
             rate = self.llama(name, "-p", 0, "-n", self.args.decode)
             weights = sum(file.stat().st_size for file in files_of(self.peers[name]))
-        share = {SHARE: 100 * rate * weights / 1e9 / self.read_bandwidth} if self.args.bandwidth else {}
-        return {"decode": rate, **share}
+        return {"decode": rate, **{share: 100 * rate * weights / 1e9 / read for share, read in self.bandwidths.items()}}
 
     def decode_after(self, name, count):
         kind = f"decode after {count}"

@@ -1,4 +1,4 @@
-// Fixed workers that spin shortly, then sleep; chunks claimed from one counter.
+// Fixed workers that spin shortly, then sleep. Each has a share of the chunks, and helps others when its own is done.
 #include "base/thread_pool.h"
 
 #include <algorithm>
@@ -53,25 +53,33 @@ bool spin_until(Done&& done, std::chrono::microseconds limit) {
   return done();
 }
 
-/** A claim names its region, so a thread that comes late can't take it for another: generation, number of chunks, next chunk. */
-struct Ticket {
-  static constexpr int index_bits = 24, chunk_bits = 20;
-  uint64_t bits;
-  uint64_t generation() const { return bits >> (index_bits + chunk_bits); }
-  int chunks() const { return static_cast<int>(bits >> index_bits & ((1u << chunk_bits) - 1)); }
-  int index() const { return static_cast<int>(bits & ((1u << index_bits) - 1)); }
-  bool open() const { return index() < chunks(); }
-  static Ticket first(uint64_t generation, int chunks) {
-    return {generation << (index_bits + chunk_bits) | static_cast<uint64_t>(chunks) << index_bits};
+/** Chunks that are left of a run of neighbours. Its owner takes them from the front, others from the back.
+ *  A claim is a compare-and-swap of both ends: whoever comes so late that the same ends mean a newer region has a chunk of that region. */
+struct alignas(64) Share {
+  std::atomic<uint64_t> ends{0};  // the first, and above it the one after the last
+
+  void set(int first, int last) { ends.store(pack(first, last), std::memory_order_release); }
+
+  /** -1: none is left. */
+  int claim(bool front) {
+    uint64_t now = ends.load(std::memory_order_relaxed);
+    for (;;) {
+      const int first = static_cast<int>(now & 0xFFFFFFFFu), last = static_cast<int>(now >> 32);
+      if (first >= last) return -1;
+      const uint64_t then = front ? pack(first + 1, last) : pack(first, last - 1);
+      if (ends.compare_exchange_weak(now, then, std::memory_order_acq_rel, std::memory_order_relaxed)) return front ? first : last - 1;
+    }
   }
+
+ private:
+  static uint64_t pack(int first, int last) { return static_cast<uint64_t>(last) << 32 | static_cast<uint32_t>(first); }
 };
-constexpr int most_chunks = (1 << Ticket::chunk_bits) - 1;
 
 }  // namespace
 
 /** A region ends when its chunks are done, whichever threads did them: a worker that sleeps or has lost its core is not waited for. */
 struct ThreadPool::State {
-  explicit State(int count) : threads(count) {
+  explicit State(int count) : threads(count), shares(count) {
     for (int i = 1; i < threads; ++i) workers.emplace_back([this, i] { work(i); });
   }
   ~State() {
@@ -85,40 +93,44 @@ struct ThreadPool::State {
 
   /** Until the region has no more chunks. */
   void take_chunks(int thread) {
-    for (;;) {
-      const Ticket now{ticket.fetch_add(1, std::memory_order_acq_rel)};
-      if (!now.open()) return;
-      call(context, now.index(), thread);  // valid while a claimed chunk is not done
-      done.fetch_add(1, std::memory_order_release);
+    int taken = 0;
+    for (int i = 0; i < threads; ++i) {
+      const int owner = thread + i < threads ? thread + i : thread + i - threads;
+      for (int chunk; (chunk = shares[owner].claim(i == 0 || in_order)) >= 0; ++taken) {
+        call(context, chunk, thread);  // valid while a claimed chunk is not counted
+      }
     }
+    if (taken > 0) done.fetch_add(taken, std::memory_order_release);
   }
-
-  bool open() const { return Ticket{ticket.load()}.open(); }
 
   void work(int thread) {
     constexpr std::chrono::microseconds spin_time{300};  // longer than the gaps between the kernels of one token
+    uint64_t seen = 0;
+    const auto news = [&] { return regions.load() != seen || stop.load(std::memory_order_relaxed); };
     for (;;) {
-      if (!spin_until([this] { return open() || stop.load(std::memory_order_relaxed); }, spin_time)) {
+      if (!spin_until(news, spin_time)) {
         std::unique_lock lock(mutex);
         sleeping.fetch_add(1);
-        wake.wait(lock, [this] { return open() || stop; });
+        wake.wait(lock, news);
         sleeping.fetch_sub(1);
       }
       if (stop) return;
+      seen = regions.load();
       take_chunks(thread);
     }
   }
 
   int threads;
+  std::vector<Share> shares;  // one a thread
   std::vector<std::thread> workers;
   std::mutex region;  // one parallel region at a time
   std::mutex mutex;
   std::condition_variable wake;
-  alignas(64) std::atomic<uint64_t> ticket{0};
+  alignas(64) std::atomic<uint64_t> regions{0};  // begun so far
   alignas(64) std::atomic<int> done{0};
   alignas(64) std::atomic<int> sleeping{0};
   std::atomic<bool> stop{false};
-  uint64_t generation = 0;
+  std::atomic<bool> in_order{false};
   void (*call)(void*, int, int) = nullptr;
   void* context = nullptr;
 };
@@ -129,24 +141,7 @@ int ThreadPool::threads() const {
   return state_->threads;
 }
 
-void ThreadPool::run(int chunks, void (*call)(void*, int, int), void* context) {
-  if (chunks > most_chunks) {  // more than a ticket can count: several to a chunk
-    const int each = chunks / most_chunks + 1;
-    struct Several {
-      void (*call)(void*, int, int);
-      void* context;
-      int each, chunks;
-    } several{call, context, each, chunks};
-    const auto call_several = [](void* all, int index, int thread) {
-      const auto& a = *static_cast<Several*>(all);
-      for (int i = index * a.each; i < std::min(a.chunks, (index + 1) * a.each); ++i) a.call(a.context, i, thread);
-    };
-    return run_region((chunks + each - 1) / each, call_several, &several);
-  }
-  run_region(chunks, call, context);
-}
-
-void ThreadPool::run_region(int chunks, void (*call)(void*, int, int), void* context) {
+void ThreadPool::run(int chunks, bool in_order, void (*call)(void*, int, int), void* context) {
   State& s = *state_;
   const std::lock_guard one(s.region);
   if (s.threads == 1 || chunks <= 1) {
@@ -155,8 +150,13 @@ void ThreadPool::run_region(int chunks, void (*call)(void*, int, int), void* con
   }
   s.call = call;
   s.context = context;
+  s.in_order.store(in_order, std::memory_order_relaxed);
   s.done.store(0, std::memory_order_relaxed);
-  s.ticket.store(Ticket::first(++s.generation, chunks).bits);
+  for (int64_t i = 0; i < s.threads; ++i) {
+    if (in_order) s.shares[i].set(0, i == 0 ? chunks : 0);
+    else s.shares[i].set(static_cast<int>(chunks * i / s.threads), static_cast<int>(chunks * (i + 1) / s.threads));
+  }
+  s.regions.fetch_add(1);
   if (s.sleeping.load() > 0) {
     const std::lock_guard lock(s.mutex);  // a worker between its check and its wait holds it
     s.wake.notify_all();

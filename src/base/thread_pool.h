@@ -7,8 +7,8 @@
 namespace mlxlm {
 
 /** Runs a function over chunk indices on all threads of the pool, the caller included.
- *  Chunks are claimed one at a time, so a busy core or a sleeping thread does not stall the rest. Thread-safe: one parallel region at a
- * time. */
+ *  Each thread begins with a run of neighbouring chunks, which suits memory that is read once, and takes chunks of others when it has no
+ *  more, so a busy core or a sleeping thread does not stall the rest. Thread-safe: one parallel region at a time. */
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);
@@ -22,14 +22,21 @@ class ThreadPool {
    *  body must not throw and must not call parallel_for. */
   template <class Body>
   void parallel_for(int chunks, Body&& body) {
-    run(
-        chunks, [](void* context, int chunk, int thread) { (*static_cast<std::remove_reference_t<Body>*>(context))(chunk, thread); },
-        const_cast<void*>(static_cast<const void*>(&body)));
+    run(chunks, false, call_body<Body>, const_cast<void*>(static_cast<const void*>(&body)));
+  }
+
+  /** The same, but chunks begin in their order: for work whose longest chunks come first. */
+  template <class Body>
+  void parallel_for_in_order(int chunks, Body&& body) {
+    run(chunks, true, call_body<Body>, const_cast<void*>(static_cast<const void*>(&body)));
   }
 
  private:
-  void run(int chunks, void (*call)(void*, int, int), void* context);
-  void run_region(int chunks, void (*call)(void*, int, int), void* context);
+  template <class Body>
+  static void call_body(void* context, int chunk, int thread) {
+    (*static_cast<std::remove_reference_t<Body>*>(context))(chunk, thread);
+  }
+  void run(int chunks, bool in_order, void (*call)(void*, int, int), void* context);
   struct State;
   std::unique_ptr<State> state_;
 };

@@ -118,34 +118,45 @@ Trial batched(const Arguments& a, Session& session, const std::vector<std::vecto
           gen::peak_memory_gb()};
 }
 
-/** GB/s at which all threads read memory that no cache holds; the best of five. */
-double read_bandwidth_gb_s() {
-  constexpr int64_t words = int64_t(1) << 27;              // 1 GB
-  typedef uint64_t Line __attribute__((vector_size(64)));  // a cache line at a time, fetched ahead: as the matrix kernels read
-  constexpr int64_t lines = words * 8 / 64, ahead = 64;
-  const kernels::cpu::Arena memory(words * 8);
+/** GB/s at which all threads read `bytes` over and over, the best of five: of memory when no cache holds them, of the last cache below. */
+double read_bandwidth_gb_s(int64_t bytes) {
+  typedef uint64_t Part __attribute__((vector_size(16)));  // wider ones GCC would keep in memory, for processors without such registers
+  struct Line {
+    Part parts[4];
+  };
+  constexpr int64_t ahead = 64;  // lines
+  const int64_t lines = bytes / 64, times = std::max<int64_t>(1, (int64_t(1) << 30) / bytes);
+  const kernels::cpu::Arena memory(lines * 64);
   const auto* data = reinterpret_cast<const Line*>(memory.data());
-  std::memset(memory.data(), 0, words * 8);
+  std::memset(memory.data(), 0, lines * 64);
   auto& pool = compute_pool();
   double best = 0;
   for (int round = 0; round < 5; ++round) {
     const auto start = Clock::now();
     std::atomic<uint64_t> sum{0};
-    pool.parallel_for(64, [&](int chunk, int) {
-      Line total{};
-      for (int64_t i = lines * chunk / 64; i < lines * (chunk + 1) / 64; ++i) {
-        __builtin_prefetch(data + i + ahead);
-        total += data[i];
-      }
-      for (int l = 0; l < 8; ++l) sum += total[l];
-    });
+    for (int64_t time = 0; time < times; ++time) {
+      pool.parallel_for(64, [&](int chunk, int) {
+        Part total[4] = {};
+        for (int64_t i = lines * chunk / 64; i < lines * (chunk + 1) / 64; ++i) {
+          __builtin_prefetch(data + i + ahead);
+          for (int part = 0; part < 4; ++part) total[part] += data[i].parts[part];
+        }
+        for (const auto& part : total) sum += part[0] + part[1];
+      });
+    }
     if (sum != 0) throw Error(Code::internal, "benchmark", "memory does not hold what was written");
-    best = std::max(best, words * 8 / seconds_since(start) / 1e9);
+    best = std::max(best, lines * 64 * times / seconds_since(start) / 1e9);
   }
   return best;
 }
 
-void print_json(const Arguments& a, const Session& session, const std::vector<Trial>& trials, std::optional<double> bandwidth) {
+/** What the machine reads, GB/s. */
+struct Bandwidth {
+  double memory;   // 1 GB
+  double weights;  // as many bytes as the model's weights, which caches may hold in part
+};
+
+void print_json(const Arguments& a, const Session& session, const std::vector<Trial>& trials, const std::optional<Bandwidth>& bandwidth) {
   const auto column = [&](double Trial::* field) {
     json values = json::array();
     for (const auto& t : trials) values.push_back(t.*field);
@@ -163,7 +174,10 @@ void print_json(const Arguments& a, const Session& session, const std::vector<Tr
               {"generation_tps", column(&Trial::generation_tps)},
               {"peak_memory_gb", column(&Trial::peak_memory_gb)},
               {"total_time_s", column(&Trial::total_s)}};
-  if (bandwidth) result["read_bandwidth_gb_s"] = *bandwidth;
+  if (bandwidth) {
+    result["read_bandwidth_gb_s"] = bandwidth->memory;
+    result["reread_bandwidth_gb_s"] = bandwidth->weights;
+  }
   fmt::print("{}\n", to_text(result));
 }
 
@@ -184,8 +198,9 @@ int run(const Arguments& a) {
   };
   say("Running warmup..");
   once();
-  std::optional<double> bandwidth;
-  if (a.bandwidth) bandwidth = read_bandwidth_gb_s();
+  std::optional<Bandwidth> bandwidth;
+  const auto weight_bytes = static_cast<int64_t>(session.loaded.model->weight_bytes());
+  if (a.bandwidth) bandwidth = {read_bandwidth_gb_s(int64_t(1) << 30), read_bandwidth_gb_s(weight_bytes)};
   say(fmt::format("Timing with prompt_tokens={}, generation_tokens={}, batch_size={}.", a.prompt_tokens, a.generation_tokens,
                   a.batch_size));
   const auto line = [](const Trial& t) {
@@ -206,9 +221,11 @@ int run(const Arguments& a) {
   }
   say("Averages: " + line(mean));
   if (bandwidth) {
-    const double read = mean.generation_tps / a.batch_size * static_cast<double>(session.loaded.model->weight_bytes()) / 1e9;
-    say(fmt::format("Weights read while decoding: {:.1f} GB/s, {:.0f} % of the {:.1f} GB/s that this machine reads from memory", read,
-                    100 * read / *bandwidth, *bandwidth));
+    const double read = mean.generation_tps / a.batch_size * static_cast<double>(weight_bytes) / 1e9;
+    say(fmt::format("Weights read while decoding: {:.1f} GB/s, {:.0f} % of the {:.1f} GB/s that this machine reads from memory,", read,
+                    100 * read / bandwidth->memory, bandwidth->memory));
+    say(fmt::format("{:.0f} % of the {:.1f} GB/s at which it reads as many bytes over and over", 100 * read / bandwidth->weights,
+                    bandwidth->weights));
   }
   if (a.json) print_json(a, session, trials, bandwidth);
   return 0;

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/thread_pool.h"
 #include "kernels/cpu/eager.h"
 #include "kernels/cpu/isa.h"
 
@@ -93,7 +94,7 @@ class TileTasks {
       for (int i = 0; i < count; ++i) run_one(i);
     } else {
       // Last first: with a causal mask they are the longest.
-      in_parallel(count, [&](int i) { run_one(count - 1 - i); });
+      compute_pool().parallel_for_in_order(count, [&](int i, int) { run_one(count - 1 - i); });
     }
     for (int i = 0; i < count;) {
       if (tasks_[i].span < 0) {
