@@ -147,7 +147,9 @@ const Isa& isa_generic();
 #if defined(__x86_64__)
 const Isa& isa_avx2();
 const Isa& isa_avx512();
-/** avx512 with products by AMX tiles: after the system has granted them (isa_list.cpp). */
+/** avx512 with bit matrices for bytes (GFNI): fewer instructions to part nibbles, the same bits. */
+const Isa& isa_gfni();
+/** gfni with products by AMX tiles: after the system has granted them (isa_list.cpp). */
 const Isa& isa_amx();
 /** Whether a product by tiles is right. Ends the process where the machine only says that it has them. */
 bool try_tiles();

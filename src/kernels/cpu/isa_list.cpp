@@ -83,10 +83,12 @@ std::vector<std::pair<const char*, const Isa& (*)()>> isas_here() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  const bool gfni = avx512 && __builtin_cpu_supports("gfni");
 #if defined(__linux__)
-  static const bool amx = avx512 && tiles_work();
+  static const bool amx = gfni && tiles_work();
   if (amx) isas.emplace_back("amx", isa_amx);
 #endif
+  if (gfni) isas.emplace_back("gfni", isa_gfni);
   if (avx512) isas.emplace_back("avx512", isa_avx512);
   if (avx2) isas.emplace_back("avx2", isa_avx2);
 #elif defined(__aarch64__)

@@ -1,5 +1,5 @@
 // Products by tiles (AMX): panel_digits for 16 rows of activations at once, with the same sums in the same order, so the same bits.
-// Part of isa_avx512.cpp, after isa.inl; the functions that need the tiles say so themselves.
+// Part of isa_gfni.cpp, after isa.inl; the functions that need the tiles say so themselves.
 
 namespace {
 
@@ -180,7 +180,7 @@ MLXLM_TILES bool try_tiles() {
 
 const Isa& isa_amx() {
   static const Isa table = [] {
-    Isa isa = isa_avx512();
+    Isa isa = isa_gfni();
     isa.name = "amx-int8";
     isa.panel = panel_kernel_with_tiles;
     return isa;

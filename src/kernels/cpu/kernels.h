@@ -111,7 +111,7 @@ mx::array draw(const mx::array& logprobs, const mx::array& key, const DrawOption
 /** True when the CPU kernels can run here (always on x86-64 and arm64 Linux; false where MLX's default device is a GPU). */
 bool active();
 
-/** "amx-int8", "avx512-vnni", "avx2", "generic", ...: what was chosen at run time. MLXLM_CPU_ISA overrides it. */
+/** "amx-int8", "avx512-gfni", "avx512-vnni", "avx2", "generic", ...: what was chosen at run time. MLXLM_CPU_ISA overrides it. */
 std::string isa_name();
 
 }  // namespace mlxlm::kernels::cpu
