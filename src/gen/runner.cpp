@@ -10,6 +10,7 @@
 #include <mlx/transforms.h>
 
 #include "base/error.h"
+#include "cache/layer_shape.h"
 #include "cache/quantized.h"
 #include "gen/memory.h"
 #include "kernels/cpu/kernels.h"
@@ -241,9 +242,7 @@ const cache::Caches& ModelRunner::caches(engine::CacheId cache) {
 }
 
 engine::CacheId ModelRunner::adopt(cache::Caches caches) {
-  if (caches.size() != layer_shapes_.size()) {
-    throw Error(Code::bad_request, "cache", fmt::format("got caches of {} layers, wanted {}", caches.size(), layer_shapes_.size()));
-  }
+  cache::check_fits(caches, model_.description());
   int tokens = 0;
   for (const auto& c : caches) tokens = c ? std::max(tokens, c->offset()) : tokens;
   held_.emplace(++last_id_, Held{std::move(caches), tokens});

@@ -94,6 +94,23 @@ TEST_F(ApiCaches, APromptCacheGoesOn) {
   EXPECT_THROW(PromptCache::load(model, (folder / "broken.safetensors").string()), Error);
 }
 
+TEST_F(ApiCaches, ACacheOfAnotherModelIsRefused) {
+  auto model = open();
+  auto config = tiny_config();
+  config["head_dim"] = 32;
+  config["num_key_value_heads"] = 4;  // as many layers, other heads
+  write(folder / "config.json", config.dump());
+  write_weights(folder, config);
+  auto other = open();
+  PromptCache cache;
+  const GenerateOptions options{.max_tokens = 4, .prompt_cache = &cache};
+  answer(model, "hello", options);
+  EXPECT_THROW(answer(other, "hello", options), Error);
+  EXPECT_THROW(cache.save(other, (folder / "c.safetensors").string()), Error);
+  EXPECT_EQ(cache.tokens(), 9);
+  EXPECT_EQ(answer(model, "hello", options).tokens.size(), 4u);
+}
+
 TEST_F(ApiCaches, ABatchGivesWhatEachPromptGivesAlone) {
   auto model = open();
   const auto draft = open();
