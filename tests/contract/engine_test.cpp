@@ -450,6 +450,7 @@ TEST(Engine, ACacheWithoutItsTokensIsNotComputedAgain) {
   b.drain();
   EXPECT_SOUND(b);
   EXPECT_EQ(b.last.at(id).finish, Finish::failed);
+  EXPECT_EQ(b.last.at(id).error->code(), Code::internal);  // of the step, not of memory
   EXPECT_EQ(b.answers[good], alone(other));
 }
 
