@@ -82,7 +82,7 @@ struct GenerateOptions {
   const Model* draft_model = nullptr;   // a smaller model with the same tokens, which outlives the call
   int num_draft_tokens = 3;             // that it guesses at a time
   int ngram_draft_tokens = 0;           // instead of it: guess out of the text so far, at most so many tokens at a time
-  PromptCache* prompt_cache = nullptr;  // continue from it; not in a batch
+  PromptCache* prompt_cache = nullptr;  // continue from it
 };
 
 struct GenerationResponse {

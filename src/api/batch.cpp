@@ -3,7 +3,6 @@
 
 #include "api/impl.h"
 #include "base/error.h"
-#include "gen/batch.h"
 
 namespace mlxlm {
 
@@ -11,13 +10,17 @@ namespace {
 
 gen::BatchItem to_item(const BatchPrompt& p, const text::Tokenizer& tokenizer, bool want_logprobs) {
   const auto& o = p.options;
-  gen::BatchItem item{.prompt = encode_prompt(tokenizer, p.prompt),
+  const auto* caches = o.prompt_cache != nullptr ? &o.prompt_cache->impl().caches : nullptr;
+  const bool continues = caches != nullptr && !caches->empty();
+  const auto encoded = [&] { return continues ? tokenizer.encode(p.prompt, false) : encode_prompt(tokenizer, p.prompt); };
+  gen::BatchItem item{.prompt = p.tokens.empty() ? encoded() : p.tokens,
                       .max_tokens = o.max_tokens,
                       .sampling = to_sampling(o, tokenizer),
                       .stop = o.stop,
                       .max_kv_size_tokens = o.max_kv_size,
                       .kv_quantization = {.bits = o.kv_bits, .group_size = o.kv_group_size, .start_tokens = o.quantized_kv_start},
-                      .drafts = {.ngram_tokens = o.ngram_draft_tokens, .model_tokens = o.draft_model != nullptr ? o.num_draft_tokens : 0}};
+                      .drafts = drafts_of(o),
+                      .caches = caches};
   item.sampling.want_logprob = want_logprobs;
   return item;
 }
@@ -37,7 +40,6 @@ model::CausalModel* draft_model_of_all(const std::vector<BatchPrompt>& prompts, 
   const Model* found = nullptr;
   model::CausalModel* model = nullptr;
   for (const auto& p : prompts) {
-    if (p.options.prompt_cache != nullptr) throw Error(Code::unsupported, "prompt_cache", "wanted none in a batch");
     if (p.options.draft_model == nullptr || p.options.draft_model == found) continue;
     if (found != nullptr) throw Error(Code::bad_request, "draft_model", "wanted the same one for all prompts of a batch");
     found = p.options.draft_model;
@@ -53,19 +55,19 @@ std::vector<BatchResult> batch_generate(Model& model, const std::vector<BatchPro
   auto& session = model.impl().session;
   std::vector<gen::BatchItem> items;
   for (const auto& p : prompts) items.push_back(to_item(p, session.tokenizer, options.want_logprobs));
-  gen::BatchRun run{.limits = gen::default_limits(options.max_sequences), .cancel = options.cancel};
+  gen::BatchRun run{
+      .limits = gen::default_limits(options.max_sequences), .cancel = options.cancel, .keep_caches = options.return_prompt_caches};
   run.limits.prefill_tokens = options.prefill_step_size;
   run.on_text = options.on_text;
   run.draft_model = draft_model_of_all(prompts, session);
   if (options.on_result) run.on_answer = [&](std::size_t i, const gen::BatchAnswer& a) { options.on_result(i, to_public(a)); };
   gen::BatchGenerator::Stats measured;
   std::vector<BatchResult> results;
-  for (const auto& a : gen::batch_generate(*session.loaded.model, session.tokenizer, items, run, &measured))
+  for (auto& a : gen::batch_generate(*session.loaded.model, session.tokenizer, items, run, &measured)) {
     results.push_back(to_public(a));
-  if (stats) {
-    *stats = {measured.prompt_tokens, measured.generation_tokens, measured.steps,         measured.drafted_tokens, measured.accepted_tokens,
-              measured.wall_s,        measured.generation_tps(),  measured.peak_memory_gb};
+    if (!a.caches.empty()) results.back().prompt_cache = to_prompt_cache(std::move(a.caches));
   }
+  if (stats) *stats = to_stats(measured);
   return results;
 }
 

@@ -4,6 +4,8 @@
 #include "api/session.h"
 #include "cache/cache.h"
 #include "engine/runner.h"
+#include "gen/batch.h"
+#include "mlxlm/batch_generator.h"
 #include "mlxlm/mlxlm.h"
 
 namespace mlxlm {
@@ -17,6 +19,10 @@ struct PromptCache::Impl {
 };
 
 engine::Sampling to_sampling(const GenerateOptions& options, const text::Tokenizer& tokenizer);
+
+engine::Drafts drafts_of(const GenerateOptions& options);
+BatchStats to_stats(const gen::BatchGenerator::Stats& stats);
+PromptCache to_prompt_cache(cache::Caches caches);
 
 /** The draft model of the options, or null. Throws Error(bad_request) when its tokens are others. */
 model::CausalModel* draft_model_of(const GenerateOptions& options, const Session& session);

@@ -45,6 +45,11 @@ std::vector<mx::array> both(const std::optional<mx::array>& a, const std::option
   return list;
 }
 
+std::optional<KvShape> shape_of(const std::optional<mx::array>& keys, const std::optional<mx::array>& values) {
+  if (!keys || !values) return std::nullopt;
+  return KvShape{keys->shape(1), keys->shape(3), values->shape(3), keys->dtype()};
+}
+
 }  // namespace
 
 WritePlan AttentionCache::plan_write(int, const KvShape&) {
@@ -200,6 +205,10 @@ void KvCache::add_buffers(std::map<const void*, int64_t>& bytes) const {
   }
   if (keys_) add(*keys_);
   if (values_) add(*values_);
+}
+
+std::optional<KvShape> KvCache::shape() const {
+  return shared_.empty() ? shape_of(keys_, values_) : shape_of(shared_[0]->keys, shared_[0]->values);
 }
 
 std::unique_ptr<Cache> KvCache::separate_copy() const {
@@ -361,6 +370,10 @@ std::vector<mx::array> RotatingKvCache::state() const {
 }
 int64_t RotatingKvCache::bytes() const {
   return bytes_of(keys_) + bytes_of(values_);
+}
+
+std::optional<KvShape> RotatingKvCache::shape() const {
+  return shape_of(keys_, values_);
 }
 
 std::unique_ptr<Cache> RotatingKvCache::copy() const {

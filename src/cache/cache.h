@@ -109,6 +109,8 @@ class AttentionCache : public Cache {
 
   /** Tokens that a rotating cache keeps; 0 = all. */
   virtual int max_size() const { return 0; }
+  /** Sizes of the rows that it holds; nothing while there are none. */
+  virtual std::optional<KvShape> shape() const = 0;
   /** Whether quantized() works and is not what this is already. */
   virtual bool can_quantize() const { return false; }
   /** The same tokens in a quantized cache. */
@@ -143,6 +145,7 @@ class KvCache final : public AttentionCache {
   std::unique_ptr<AttentionCache> quantized(int bits, int group_size) const override;
   /** Brings shared rows into memory of its own. */
   void unshare();
+  std::optional<KvShape> shape() const override;
   /** The arrays must be the cache's own. */
   static std::unique_ptr<KvCache> restored(mx::array keys, mx::array values, int offset);
 
@@ -179,6 +182,7 @@ class RotatingKvCache final : public AttentionCache {
   int64_t bytes() const override;
   std::unique_ptr<Cache> copy() const override;
   int max_size() const override { return ring_.max_size; }
+  std::optional<KvShape> shape() const override;
   Stored stored() const override;
   bool can_quantize() const override { return true; }
   std::unique_ptr<AttentionCache> quantized(int bits, int group_size) const override;
@@ -213,6 +217,8 @@ class ChunkedKvCache final : public AttentionCache {
   std::unique_ptr<Cache> copy() const override;
   std::unique_ptr<Cache> separate_copy() const override;
   void add_buffers(std::map<const void*, int64_t>& bytes) const override { rows_->add_buffers(bytes); }
+  std::optional<KvShape> shape() const override { return rows_->shape(); }
+  int chunk_tokens() const { return chunk_tokens_; }
   Stored stored() const override;
   bool can_quantize() const override { return rows_->can_quantize(); }
   std::unique_ptr<AttentionCache> quantized(int bits, int group_size) const override;

@@ -1,9 +1,10 @@
-// What a layer's cache holds for one token, from the description.
+// What a layer's cache holds for one token, from the description; and whether a cache is one of this layer.
 #pragma once
 
 #include <optional>
 #include <vector>
 
+#include "cache/cache.h"
 #include "plan/plan.h"
 
 namespace mlxlm::cache {
@@ -20,5 +21,9 @@ struct LayerShape {
 
 /** As plan::cache_layout(). */
 std::vector<LayerShape> layer_shapes(const arch::Model& model);
+
+/** Throws Error(bad_request) unless the model could have made these caches: kinds, heads and sizes. They may be of another model with the
+ * same sizes. */
+void check_fits(const Caches& caches, const arch::Model& model);
 
 }  // namespace mlxlm::cache

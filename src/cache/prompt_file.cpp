@@ -254,8 +254,8 @@ void set_lengths(const fs::path& file, Caches& caches, const PromptMetadata& met
 }  // namespace
 
 void save_prompt_file(const fs::path& file, const Caches& caches, const arch::Model& model, PromptMetadata metadata) {
+  check_fits(caches, model);
   const auto layout = plan::cache_layout(model);
-  if (layout.size() != caches.size()) throw Error(Code::internal, "prompt cache", "got caches of another model");
   weights::Tensors tensors;
   std::map<std::string, std::string> strings{{"2.0", ""}};
   int index = 0, scalars = 0;

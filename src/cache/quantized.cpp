@@ -39,6 +39,11 @@ int64_t QuantizedCache::bytes() const {
   return total;
 }
 
+std::optional<KvShape> QuantizedCache::shape() const {
+  if (planes_.empty()) return std::nullopt;
+  return KvShape{planes_[1].shape(1), planes_[1].shape(3) * group_size_, planes_[4].shape(3) * group_size_, planes_[1].dtype()};
+}
+
 QuantizedCache::Rows QuantizedCache::as_rows(const Planes& p) const {
   return {{p[0], p[1], p[2], bits_, group_size_}, {p[3], p[4], p[5], bits_, group_size_}};
 }

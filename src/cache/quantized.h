@@ -21,6 +21,8 @@ class QuantizedCache : public AttentionCache {
   std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) final;
   std::vector<mx::array> state() const final;
   int64_t bytes() const final;
+  /** The dtype is that of the scales. */
+  std::optional<KvShape> shape() const final;
   int bits() const { return bits_; }
   int group_size() const { return group_size_; }
 

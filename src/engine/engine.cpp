@@ -127,6 +127,12 @@ void Engine::validate(const Request& r) const {
 SequenceId Engine::submit(Request request) {
   auto q = std::make_unique<Sequence>();
   try {
+    if (request.cache != 0)
+      q->unknown_tokens = std::max(0, runner_.info(request.cache).tokens - static_cast<int>(request.cache_tokens.size()));
+    if (q->unknown_tokens > 0) {
+      request.cache_tokens.insert(request.cache_tokens.begin(), q->unknown_tokens, 0);
+      request.use_prefix_cache = false;
+    }
     validate(request);
     q->id = last_id_ + 1;
     q->tokens = request.cache_tokens;
@@ -194,7 +200,7 @@ void Engine::drop_cache(Sequence& q) {
 /** The request ends here: its cache is handed over, stored or freed, and `last` tells. Destroys q. */
 void Engine::retire(Sequence& q, Event last) {
   if (q.cache != 0 && last.finish != Finish::failed) {
-    std::vector<int> held(q.tokens.begin(), q.tokens.begin() + q.computed_tokens);
+    std::vector<int> held(q.tokens.begin() + q.unknown_tokens, q.tokens.begin() + q.computed_tokens);
     if (q.request.keep_cache) {
       last.cache = std::exchange(q.cache, 0);
       last.cache_tokens = std::move(held);
@@ -344,7 +350,7 @@ void Engine::fail(const StepPlan& plan, const Error& error) {
       auto last = event(*q);
       last.finish = q->ended;
       retire(*q, std::move(last));
-    } else if (alone) {
+    } else if (alone || q->unknown_tokens > 0) {
       fail(*q, error);
     } else {
       q->suspect_until_tokens = std::max(q->suspect_until_tokens, reached);
@@ -363,6 +369,7 @@ StepReport Engine::step() {
   const double start = clock_();
   const auto plan = schedule();
   const auto generated = counters_.generated_tokens, failed_steps = counters_.failed_steps;
+  int first_tokens = 0;
   for (const auto& row : plan.rows) {
     const auto* q = find(row.sequence);
     if (q->decoding()) {
@@ -370,6 +377,7 @@ StepReport Engine::step() {
       report.draft_tokens += static_cast<int>(row.draft.size());
     } else {
       report.prompt_tokens += static_cast<int>(row.tokens.size());
+      first_tokens += row.wanted_rows;
     }
   }
   if (!plan.rows.empty()) {
@@ -395,7 +403,10 @@ StepReport Engine::step() {
   }
   if (!plan.rows.empty() && counters_.failed_steps == failed_steps) {
     pacer_.observe(report.decode_rows + report.draft_tokens, report.prompt_tokens, report.seconds);
-    (report.prompt_tokens > 0 ? counters_.prompt_s : counters_.decode_s) += report.seconds;
+    const double decode_s = report.seconds * (plan.tokens() - report.prompt_tokens) / plan.tokens();
+    counters_.decode_s += decode_s;
+    counters_.prompt_s += report.seconds - decode_s;
+    counters_.decode_tokens += std::max(0, report.generated_tokens - first_tokens);
     counters_.decode_steps += report.decode_rows > 0;
   }
   return report;
@@ -404,7 +415,7 @@ StepReport Engine::step() {
 std::optional<std::pair<CacheId, std::vector<int>>> Engine::cache_of(SequenceId id) const {
   const auto* q = find(id);
   if (q == nullptr || q->cache == 0) return std::nullopt;
-  return std::pair(q->cache, std::vector<int>(q->tokens.begin(), q->tokens.begin() + q->computed_tokens));
+  return std::pair(q->cache, std::vector<int>(q->tokens.begin() + q->unknown_tokens, q->tokens.begin() + q->computed_tokens));
 }
 
 MemoryReport Engine::memory() const {

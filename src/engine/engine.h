@@ -32,8 +32,10 @@ struct Request {
   bool use_prefix_cache = true;         // reuse what is stored or held by another request, and store what was computed
   std::vector<int> boundaries{};        // prompt positions where a step must end and a copy of the cache is stored for reuse, ascending
   CacheId cache = 0;                    // continue from this one; the request owns it from now on
-  std::vector<int> cache_tokens{};      // exactly the tokens that it holds
-  bool keep_cache = false;              // hand the cache over at the end, see Event
+  // The tokens that it holds; fewer than that = the first ones are not known: penalties and drafts do not see them, nothing is stored for
+  // reuse, and where its cache is lost (a failed step, a lack of memory) the request fails, for it cannot be computed again.
+  std::vector<int> cache_tokens{};
+  bool keep_cache = false;  // hand the cache over at the end, see Event
 };
 
 enum class Finish { none, stop, length, cancelled, failed };
@@ -48,7 +50,7 @@ struct Event {
   Finish finish = Finish::none;
   std::optional<Error> error{};     // for Finish::failed
   CacheId cache = 0;                // with keep_cache, on the last event: now the receiver's to free
-  std::vector<int> cache_tokens{};  // what it holds
+  std::vector<int> cache_tokens{};  // what it holds, as far as that is known
 };
 
 enum class Outcome {
@@ -82,8 +84,9 @@ struct Limits {
 /** Running totals. */
 struct Counters {
   int64_t steps = 0, decode_steps = 0, prompt_tokens = 0, reused_tokens = 0, generated_tokens = 0, failed_steps = 0;
+  int64_t decode_tokens = 0;                        // of generated_tokens: without the first of each answer, which comes with its prompt
   int64_t drafted_tokens = 0, accepted_tokens = 0;  // guesses, and those that are among generated_tokens
-  double prompt_s = 0, decode_s = 0;                // of steps with and without prompt tokens
+  double prompt_s = 0, decode_s = 0;                // of steps; what prompts and decoding share is divided by tokens
 };
 
 /** Bytes of caches. */

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -30,8 +31,15 @@ struct Sampling {
   bool want_logprob = false;   // of the chosen token
   bool want_logprobs = false;  // of the whole vocabulary
   int top_logprobs = 0;        // the most likely tokens, best first
+  /** The caller's own, after the penalties: change the logits [V] of the next token in place; `tokens` are all so far. What one throws
+   * fails the request. */
+  std::vector<std::function<void(std::span<const int> tokens, std::span<float> logits)>> processors{};
+  /** The caller's own choice out of log-probabilities [V], in place of temperature and filters. */
+  std::function<int(std::span<const float> logprobs)> sampler{};
 
   bool has_penalties() const { return repetition_penalty != 0.f || presence_penalty != 0.f || frequency_penalty != 0.f; }
+  bool needs_history() const { return has_penalties() || !processors.empty(); }
+  bool is_callers() const { return sampler || !processors.empty(); }
 };
 
 /** Tokens guessed ahead of a decoding sequence, which one step then checks together; both 0 = none. What comes out is the model's own
@@ -76,7 +84,7 @@ struct PlannedRow {
   std::vector<int> tokens{};   // at least one
   std::vector<int> draft{};    // guesses of what follows, computed with the tokens; kept as far as they are right
   int wanted_rows = 0;         // logits to choose from: 0 = a chunk of a prompt, else those of the last token and of each of the draft
-  std::vector<int> history{};  // all tokens up to and with `tokens`; only for sequences with penalties that choose a token
+  std::vector<int> history{};  // all tokens up to and with `tokens`; only for sequences with penalties or processors that choose a token
 };
 
 struct StepPlan {

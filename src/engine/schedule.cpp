@@ -66,7 +66,7 @@ int Engine::add_row(StepPlan& plan, Sequence& q, int budget) const {
   const auto first = q.tokens.begin() + q.computed_tokens;
   row.tokens.assign(first, first + count);
   row.wanted_rows = count == q.pending_tokens() ? 1 : 0;
-  if (row.wanted_rows > 0 && q.request.sampling.has_penalties()) row.history = q.tokens;
+  if (row.wanted_rows > 0 && q.request.sampling.needs_history()) row.history.assign(q.known_tokens().begin(), q.known_tokens().end());
   plan.rows.push_back(std::move(row));
   return count;
 }
@@ -118,7 +118,7 @@ void Engine::plan_drafts(StepPlan& plan) {
     const auto& q = *find(plan.rows[i].sequence);
     const int most = q.request.drafts.most() > 0 ? most_drafts(q) : 0;
     if (most <= 0) continue;
-    wanted.push_back({q.id, q.cache, q.tokens, most});
+    wanted.push_back({q.id, q.cache, q.known_tokens(), most});
     row_of.push_back(i);
   }
   if (wanted.empty()) return;
@@ -308,6 +308,10 @@ bool Engine::extend(Sequence& q) {
 
 /** Back to the head of the queue; what was computed is computed again. */
 void Engine::preempt(Sequence& q) {
+  if (q.unknown_tokens > 0) {
+    return fail(
+        q, Error(Code::out_of_memory, "answer", "no more room for its cache, which cannot be computed again: its tokens are not known"));
+  }
   drop_cache(q);
   q.running = false;
   std::erase(running_, q.id);

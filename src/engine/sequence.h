@@ -10,6 +10,7 @@ struct Engine::Sequence {
   Request request;
   std::vector<int> tokens{};  // prompt (with what a given cache held) and answer
   int prompt_tokens = 0;      // of these
+  int unknown_tokens = 0;     // the first of `tokens`: in a cache that came without them
   int computed_tokens = 0;    // in the cache
   CacheId cache = 0;
   CacheOptions cache_options{};
@@ -22,6 +23,7 @@ struct Engine::Sequence {
   bool has_read_store = false;  // once: what was read may have been evicted before there was room for the rest
   Finish ended = Finish::none;  // while its step runs
 
+  std::span<const int> known_tokens() const { return std::span(tokens).subspan(unknown_tokens); }
   int generated_tokens() const { return static_cast<int>(tokens.size()) - prompt_tokens; }
   int pending_tokens() const { return static_cast<int>(tokens.size()) - computed_tokens; }
   /** Whether a cache with a limit forgets some of it. */

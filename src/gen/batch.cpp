@@ -9,8 +9,9 @@
 #include <mlx/memory.h>
 
 #include "base/error.h"
+#include "cache/layer_shape.h"
+#include "cache/prompt_file.h"
 #include "gen/memory.h"
-#include "text/stop_matcher.h"
 
 namespace mlxlm::gen {
 namespace {
@@ -25,8 +26,17 @@ double peak_gb() {
 }
 
 BatchGenerator::Stats stats_of(const engine::Counters& c, double start_s) {
-  return {c.prompt_tokens, c.generated_tokens, c.steps,           c.drafted_tokens, c.accepted_tokens,
-          c.prompt_s,      c.decode_s,         now_s() - start_s, peak_gb()};
+  return {.prompt_tokens = c.prompt_tokens,
+          .generation_tokens = c.generated_tokens,
+          .steps = c.steps,
+          .generation_steps = c.decode_steps,
+          .decode_tokens = c.decode_tokens,
+          .drafted_tokens = c.drafted_tokens,
+          .accepted_tokens = c.accepted_tokens,
+          .prompt_s = c.prompt_s,
+          .decode_s = c.decode_s,
+          .wall_s = now_s() - start_s,
+          .peak_memory_gb = peak_gb()};
 }
 
 void set(engine::Request& r, const cache::Quantization& q) {
@@ -35,10 +45,23 @@ void set(engine::Request& r, const cache::Quantization& q) {
   r.quantized_kv_start = q.start_tokens;
 }
 
-cache::Caches copies(const cache::Caches& caches) {
-  cache::Caches made;
-  for (const auto& c : caches) made.push_back(c ? c->copy() : nullptr);
-  return made;
+/** What caches were made with, where they forget more than the model asks for; 0 = they do not. */
+int max_kv_size_of(const cache::Caches& caches, const arch::Model& model) {
+  const auto layout = plan::cache_layout(model);
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    const auto* attention = dynamic_cast<const cache::AttentionCache*>(caches[i].get());
+    const int size = attention != nullptr ? attention->max_size() : 0;
+    if (size > 0 && (layout[i].kind != plan::CacheKind::rotating || size < layout[i].window_tokens)) return size;
+  }
+  return 0;
+}
+
+/** Caches from elsewhere go on as what they are. */
+void give(engine::Request& r, cache::Caches caches, const arch::Model& model, ModelRunner& runner) {
+  cache::check_prompt_quantization(caches, r.kv_bits, r.kv_bits > 0 ? r.kv_group_size : 0);
+  cache::check_fits(caches, model);
+  r.max_kv_size_tokens = max_kv_size_of(caches, model);
+  r.cache = runner.adopt(std::move(caches));
 }
 
 }  // namespace
@@ -57,7 +80,9 @@ BatchGenerator::BatchGenerator(model::CausalModel& model, BatchOptions options, 
       keep_caches_(keep_caches),
       runner_(model_, options_.limits, options_.draft_model),
       engine_(runner_, options_.limits),
-      start_s_(now_s()) {}
+      start_s_(now_s()) {
+  if (options_.tokenizer != nullptr) texts_.emplace(*options_.tokenizer);
+}
 
 std::vector<BatchGenerator::Uid> BatchGenerator::insert(const std::vector<std::vector<int>>& prompts, const std::vector<int>& max_tokens) {
   if (!max_tokens.empty() && max_tokens.size() != prompts.size()) {
@@ -76,27 +101,7 @@ std::vector<BatchGenerator::Uid> BatchGenerator::insert(const std::vector<std::v
 std::vector<BatchGenerator::Uid> BatchGenerator::insert_segments(std::vector<Insert> inserts) {
   std::vector<Uid> uids;
   try {
-    for (auto& one : inserts) {
-      engine::Request r{.max_tokens = one.max_tokens.value_or(options_.max_tokens),
-                        .stop = one.stop_tokens.value_or(options_.stop_tokens),
-                        .sampling = one.sampling.value_or(options_.sampling),
-                        .mask = std::move(one.mask),
-                        .max_kv_size_tokens = options_.max_kv_size_tokens,
-                        .drafts = one.drafts.value_or(options_.drafts),
-                        .cache_tokens = std::move(one.all_tokens),
-                        .keep_cache = keep_caches_};
-      set(r, one.kv_quantization.value_or(options_.kv_quantization));
-      std::vector<int> ends;
-      for (const auto& segment : one.segments) {
-        r.tokens.insert(r.tokens.end(), segment.begin(), segment.end());
-        if (!segment.empty()) ends.push_back(static_cast<int>(r.tokens.size() + r.cache_tokens.size()));
-      }
-      if (!ends.empty()) ends.pop_back();  // the end of the prompt is no boundary
-      r.boundaries = ends;
-      if (!one.caches.empty()) r.cache = runner_.adopt(std::move(one.caches));
-      uids.push_back(engine_.submit(std::move(r)));
-      boundaries_[uids.back()] = std::move(ends);
-    }
+    for (auto& one : inserts) uids.push_back(submit(std::move(one)));
   } catch (...) {
     remove(uids);
     throw;
@@ -104,27 +109,72 @@ std::vector<BatchGenerator::Uid> BatchGenerator::insert_segments(std::vector<Ins
   return uids;
 }
 
+BatchGenerator::Uid BatchGenerator::submit(Insert one) {
+  engine::Request r{.max_tokens = one.max_tokens.value_or(options_.max_tokens),
+                    .stop = one.stop_tokens.value_or(options_.stop_tokens),
+                    .sampling = one.sampling.value_or(options_.sampling),
+                    .mask = std::move(one.mask),
+                    .max_kv_size_tokens = one.max_kv_size_tokens.value_or(options_.max_kv_size_tokens),
+                    .drafts = one.drafts.value_or(options_.drafts),
+                    .cache_tokens = std::move(one.all_tokens),
+                    .keep_cache = keep_caches_};
+  set(r, one.kv_quantization.value_or(options_.kv_quantization));
+  const int held = cache::prompt_tokens(one.caches);
+  Open open{.held_tokens = held};
+  for (const auto& segment : one.segments) {
+    r.tokens.insert(r.tokens.end(), segment.begin(), segment.end());
+    if (!segment.empty()) open.boundaries.push_back(held + static_cast<int>(r.tokens.size()));
+  }
+  if (!open.boundaries.empty()) open.boundaries.pop_back();  // the end of the prompt is no boundary
+  r.boundaries = open.boundaries;
+  if (!one.caches.empty()) give(r, std::move(one.caches), model_.description(), runner_);
+  const auto uid = engine_.submit(std::move(r));
+  open_.emplace(uid, std::move(open));
+  if (texts_) texts_->begin(uid, one.stop);
+  return uid;
+}
+
 std::pair<std::vector<BatchGenerator::PromptResponse>, std::vector<BatchGenerator::Response>> BatchGenerator::next() {
-  std::vector<PromptResponse> prompts;
-  std::vector<Response> responses;
-  for (auto& e : engine_.step().events) {
-    const auto at = boundaries_.find(e.id);
-    if (at != boundaries_.end() && (!e.chosen || e.processed_tokens == e.prompt_tokens) && e.finish != engine::Finish::failed &&
-        e.finish != engine::Finish::cancelled) {
-      const bool done = e.chosen.has_value();
-      prompts.push_back({e.id, e.processed_tokens, e.prompt_tokens, done || std::ranges::count(at->second, e.processed_tokens) > 0, done});
-    }
-    if (e.chosen || e.finish != engine::Finish::none) {
-      boundaries_.erase(e.id);
-      Response r{.uid = e.id, .chosen = std::move(e.chosen), .from_draft = e.from_draft, .finish = e.finish, .error = std::move(e.error)};
-      if (e.cache != 0) {
-        r.caches = runner_.take(e.cache);
-        r.all_tokens = std::move(e.cache_tokens);
-      }
-      responses.push_back(std::move(r));
+  Taken taken;
+  for (auto& event : engine_.step().events) take(event, taken);
+  for (auto& event : engine_.take_events()) take(event, taken);  // of those that a text ended just now
+  return {std::move(taken.prompts), std::move(taken.responses)};
+}
+
+void BatchGenerator::take(engine::Event& e, Taken& taken) {
+  // Behind a stop text nothing counts, but the last event has the caches.
+  if (const auto at = taken.stopped.find(e.id); at != taken.stopped.end()) return give_caches(e, taken.responses[at->second]);
+  const auto found = open_.find(e.id);
+  if (found == open_.end()) return runner_.free(e.cache);
+  auto& open = found->second;
+  const bool badly = e.finish == engine::Finish::failed || e.finish == engine::Finish::cancelled;
+  if (open.in_prompt && !badly && (!e.chosen || e.processed_tokens == e.prompt_tokens)) {
+    const bool done = e.chosen.has_value();
+    taken.prompts.push_back({e.id, e.processed_tokens - open.held_tokens, e.prompt_tokens - open.held_tokens,
+                             done || std::ranges::count(open.boundaries, e.processed_tokens) > 0, done});
+  }
+  if (!e.chosen && e.finish == engine::Finish::none) return;
+  open.in_prompt = false;
+  Response r{.uid = e.id, .from_draft = e.from_draft, .finish = e.finish, .error = e.error};
+  if (texts_) {
+    auto [text, stopped] = texts_->take(e);
+    r.text = std::move(text);
+    if (stopped && !badly && r.finish != engine::Finish::stop) {
+      engine_.end(e.id, engine::Finish::stop);
+      r.finish = engine::Finish::stop;
+      taken.stopped.emplace(e.id, taken.responses.size());
     }
   }
-  return {std::move(prompts), std::move(responses)};
+  r.chosen = std::move(e.chosen);
+  give_caches(e, r);
+  if (r.finish != engine::Finish::none) open_.erase(e.id);
+  taken.responses.push_back(std::move(r));
+}
+
+void BatchGenerator::give_caches(engine::Event& e, Response& response) {
+  if (e.cache == 0) return;
+  response.caches = runner_.take(e.cache);
+  response.all_tokens = std::move(e.cache_tokens);
 }
 
 std::vector<BatchGenerator::Response> BatchGenerator::next_generated() {
@@ -137,8 +187,12 @@ std::vector<BatchGenerator::Response> BatchGenerator::next_generated() {
 std::map<BatchGenerator::Uid, std::pair<cache::Caches, std::vector<int>>> BatchGenerator::extract_cache(const std::vector<Uid>& uids) {
   std::map<Uid, std::pair<cache::Caches, std::vector<int>>> found;
   for (const auto uid : uids) {
+    if (!open_.contains(uid)) continue;
+    auto& [caches, tokens] = found[uid];
     auto held = engine_.cache_of(uid);
-    if (held) found.emplace(uid, std::pair(copies(runner_.caches(held->first)), std::move(held->second)));
+    if (!held) continue;
+    caches = cache::copy(runner_.caches(held->first));
+    tokens = std::move(held->second);
   }
   return found;
 }
@@ -148,7 +202,8 @@ std::map<BatchGenerator::Uid, std::pair<cache::Caches, std::vector<int>>> BatchG
   auto found = return_prompt_caches ? extract_cache(uids) : decltype(extract_cache(uids)){};
   for (const auto uid : uids) {
     engine_.cancel(uid);
-    boundaries_.erase(uid);
+    open_.erase(uid);
+    if (texts_) texts_->end(uid);
   }
   // Their last events are nobody's concern; those of others stay.
   engine_.drop_events([&](const engine::Event& e) {
@@ -171,30 +226,6 @@ BatchGenerator::Stats BatchGenerator::stats() const {
 
 namespace {
 
-/** The text of one answer as its tokens come; ends it at a stop text. */
-class AnswerText {
- public:
-  AnswerText(const text::Tokenizer& tokenizer, const std::vector<std::string>& stop)
-      : detokenizer_(tokenizer.make_detokenizer()), stops_(stop) {}
-  /** True when a stop text was met. */
-  bool add(int token, std::string& text) {
-    detokenizer_->add_token(token);
-    text += stops_.feed(detokenizer_->take_segment());
-    return stops_.stopped();
-  }
-  /** True when what was held back had a stop text in it. */
-  bool finish(std::string& text) {
-    detokenizer_->finalize();
-    text += stops_.feed(detokenizer_->take_segment());
-    text += stops_.flush();
-    return stops_.stopped();
-  }
-
- private:
-  std::unique_ptr<text::Detokenizer> detokenizer_;
-  text::StopMatcher stops_;
-};
-
 engine::Limits limits_of(const BatchRun& run) {
   auto limits = run.limits;
   if (run.prefixes.folder.empty() || limits.prefix_cache_bytes > 0) return limits;
@@ -205,7 +236,9 @@ engine::Limits limits_of(const BatchRun& run) {
 class Batch {
  public:
   Batch(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<BatchItem>& items, const BatchRun& run)
-      : tokenizer_(tokenizer),
+      : model_(model),
+        tokenizer_(tokenizer),
+        texts_(tokenizer),
         items_(items),
         run_(run),
         answers_(items.size()),
@@ -219,11 +252,12 @@ class Batch {
   std::vector<BatchAnswer> run(BatchGenerator::Stats* stats) {
     const double start = now_s();
     const auto read = [&] { return stats_of(engine_.counters(), start); };
-    for (std::size_t i = 0; i < items_.size(); ++i) submit(i);
+    submit_some();
     while (engine_.has_work()) {
       if (run_.cancel && run_.cancel->load(std::memory_order_relaxed)) cancel_all();
       for (const auto& event : engine_.step().events) take(event);
       if (run_.on_step) run_.on_step(read());
+      submit_some();
     }
     for (const auto& event : engine_.take_events()) take(event);
     if (stats) *stats = read();
@@ -231,6 +265,11 @@ class Batch {
   }
 
  private:
+  /** Copies of caches are made for those only that come next. */
+  void submit_some() {
+    while (next_ < items_.size() && (items_[next_].caches == nullptr || engine_.waiting() < run_.limits.max_sequences)) submit(next_++);
+  }
+
   void submit(std::size_t i) {
     const auto& item = items_[i];
     auto& answer = answers_[i];
@@ -239,14 +278,18 @@ class Batch {
                       .max_tokens = item.max_tokens,
                       .sampling = item.sampling,
                       .max_kv_size_tokens = item.max_kv_size_tokens,
-                      .drafts = item.drafts};
+                      .drafts = item.drafts,
+                      .keep_cache = run_.keep_caches};
     set(r, item.kv_quantization);
     if (!item.ignore_eos) {
       for (const int eos : tokenizer_.eos_token_ids()) r.stop.push_back({eos});
     }
     try {
+      if (item.caches != nullptr && !item.caches->empty()) give(r, cache::copy(*item.caches), model_.description(), runner_);
       const auto id = engine_.submit(std::move(r));
-      open_.emplace(id, Open{i, AnswerText(tokenizer_, item.stop)});
+      open_.emplace(id, i);
+      index_.emplace(id, i);
+      texts_.begin(id, item.stop);
     } catch (const Error& e) {
       answer.error = e;
       if (run_.on_answer) run_.on_answer(i, answer);
@@ -254,56 +297,64 @@ class Batch {
   }
 
   void cancel_all() {
-    for (const auto& [id, open] : open_) engine_.cancel(id);
+    for (const auto& [id, index] : open_) engine_.cancel(id);
+    while (next_ < items_.size()) end(next_++, Finish::cancelled);
+  }
+
+  void end(std::size_t i, Finish finish) {
+    answers_[i].finish = finish;
+    if (run_.on_answer) run_.on_answer(i, answers_[i]);
   }
 
   void take(const engine::Event& e) {
+    if (e.cache != 0) take_caches(e);
     const auto found = open_.find(e.id);
     if (found == open_.end()) return;
-    auto& [index, text] = found->second;
+    const auto index = found->second;
     auto& answer = answers_[index];
     auto finish = e.finish;
-    const auto told = answer.text.size();
     if (e.chosen) {
       ++answer.generation_tokens;
       answer.accepted_tokens += e.from_draft;
       if (finish != engine::Finish::stop) {  // the engine stops at the end of text only
         answer.tokens.push_back(e.chosen->token);
         if (items_[index].sampling.want_logprob) answer.logprobs.push_back(e.chosen->logprob);
-        if (text.add(e.chosen->token, answer.text) && finish == engine::Finish::none) {
-          engine_.end(e.id, engine::Finish::stop);
-          finish = engine::Finish::stop;
-        }
       }
     }
-    const bool stopped = finish != engine::Finish::none && text.finish(answer.text);
-    if (run_.on_text && answer.text.size() > told && !run_.on_text(index, answer.text.substr(told)) && finish == engine::Finish::none) {
+    const auto [text, stopped] = texts_.take(e);
+    answer.text += text;
+    if (stopped && finish == engine::Finish::none) {
+      engine_.end(e.id, engine::Finish::stop);
+      finish = engine::Finish::stop;
+    }
+    if (run_.on_text && !text.empty() && !run_.on_text(index, text) && finish == engine::Finish::none) {
       engine_.cancel(e.id);
+      texts_.end(e.id);
       finish = engine::Finish::cancelled;
     }
     if (finish == engine::Finish::none) return;
-    answer.error = e.error;
-    answer.finish = finish == engine::Finish::failed            ? Finish::none
-                    : stopped || finish == engine::Finish::stop ? Finish::stop
-                    : finish == engine::Finish::cancelled       ? Finish::cancelled
-                                                                : Finish::length;
-    const auto i = index;
     open_.erase(found);
-    if (run_.on_answer) run_.on_answer(i, answers_[i]);
+    answer.error = e.error;
+    end(index, finish == engine::Finish::failed            ? Finish::none
+               : stopped || finish == engine::Finish::stop ? Finish::stop
+               : finish == engine::Finish::cancelled       ? Finish::cancelled
+                                                           : Finish::length);
   }
 
-  struct Open {
-    std::size_t index;
-    AnswerText text;
-  };
+  /** Those of an answer that a text or a callback ended come with a later event. */
+  void take_caches(const engine::Event& e) { answers_[index_.at(e.id)].caches = runner_.take(e.cache); }
+
+  model::CausalModel& model_;
   const text::Tokenizer& tokenizer_;
+  TextEvents texts_;
   const std::vector<BatchItem>& items_;
   const BatchRun& run_;
   std::vector<BatchAnswer> answers_;
   ModelRunner runner_;
   std::unique_ptr<PrefixFiles> store_;
-  engine::Engine engine_;  // saves its prefixes when it ends
-  std::map<engine::SequenceId, Open> open_;
+  engine::Engine engine_;                                   // saves its prefixes when it ends
+  std::map<engine::SequenceId, std::size_t> open_, index_;  // of the item; index_: of all that were submitted
+  std::size_t next_ = 0;                                    // item to submit
 };
 
 }  // namespace

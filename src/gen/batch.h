@@ -13,6 +13,7 @@
 #include "gen/generate.h"
 #include "gen/prefix_files.h"
 #include "gen/runner.h"
+#include "gen/text_events.h"
 #include "text/tokenizer.h"
 
 namespace mlxlm::gen {
@@ -29,6 +30,7 @@ struct BatchOptions {
   engine::Drafts drafts{};
   model::CausalModel* draft_model = nullptr;  // for drafts.model_tokens; with the tokens of the model (check_same_vocabulary)
   engine::Limits limits = default_limits();
+  const text::Tokenizer* tokenizer = nullptr;  // given: responses carry text, and stop texts end answers
 };
 
 /** Sequences of tokens join and leave at any step. Thread: the one that owns MLX. */
@@ -40,8 +42,10 @@ class BatchGenerator {
   struct Insert {
     std::vector<std::vector<int>> segments{};  // of the prompt: a step ends at each; empty ones are dropped
     std::optional<int> max_tokens{};
-    cache::Caches caches{};  // continue from these; they hold exactly all_tokens
-    std::vector<int> all_tokens{};
+    cache::Caches caches{};                   // continue from these
+    std::vector<int> all_tokens{};            // that they hold; fewer = the first ones are not known, see engine::Request
+    std::vector<std::string> stop{};          // texts; only with a tokenizer
+    std::optional<int> max_kv_size_tokens{};  // caches that are given keep theirs
     std::optional<engine::Sampling> sampling{};
     std::optional<std::vector<std::vector<int>>> stop_tokens{};
     std::shared_ptr<engine::TokenMask> mask{};
@@ -50,22 +54,23 @@ class BatchGenerator {
   };
   struct PromptResponse {
     Uid uid = 0;
-    int processed_tokens = 0, total_tokens = 0;
+    int processed_tokens = 0, total_tokens = 0;  // of what was inserted
     bool end_of_segment = false, end_of_prompt = false;
   };
   struct Response {
     Uid uid = 0;
     std::optional<engine::ChosenToken> chosen{};  // absent when the sequence ended without one
+    std::string text{};                           // that is new, with a tokenizer
     bool from_draft = false;                      // guessed, and right; one step then brings several responses of a sequence
     engine::Finish finish = engine::Finish::none;
     std::optional<Error> error{};
     cache::Caches caches{};         // when finished, and wanted by keep_caches
-    std::vector<int> all_tokens{};  // what they hold
+    std::vector<int> all_tokens{};  // what they hold, as far as it is known
   };
   struct Stats {
-    int64_t prompt_tokens = 0, generation_tokens = 0, steps = 0;
-    int64_t drafted_tokens = 0, accepted_tokens = 0;
-    double prompt_s = 0, decode_s = 0, wall_s = 0;  // steps that carry prompt tokens, others, since the beginning
+    int64_t prompt_tokens = 0, generation_tokens = 0, steps = 0, generation_steps = 0;
+    int64_t decode_tokens = 0, drafted_tokens = 0, accepted_tokens = 0;  // as engine::Counters
+    double prompt_s = 0, decode_s = 0, wall_s = 0;                       // wall: since the beginning
     double peak_memory_gb = 0;
     double prompt_tps() const { return prompt_s > 0 ? static_cast<double>(prompt_tokens) / prompt_s : 0; }
     double generation_tps() const { return wall_s > 0 ? static_cast<double>(generation_tokens) / wall_s : 0; }
@@ -81,7 +86,8 @@ class BatchGenerator {
   /** Steps until a token comes; empty when no sequence is left. */
   std::vector<Response> next_generated();
 
-  /** Copies of the caches, and the tokens that they hold; unknown ids and those without a cache are left out. */
+  /** Copies of the caches, and the tokens that they hold; no caches and no tokens for who waits without them. Ids that are not known (any
+   * more) are left out. */
   std::map<Uid, std::pair<cache::Caches, std::vector<int>>> extract_cache(const std::vector<Uid>& uids);
   std::map<Uid, std::pair<cache::Caches, std::vector<int>>> remove(const std::vector<Uid>& uids, bool return_prompt_caches = false);
   int64_t prompt_cache_bytes() const;
@@ -93,12 +99,27 @@ class BatchGenerator {
   bool has_work() const { return engine_.has_work(); }
 
  private:
+  struct Open {
+    std::vector<int> boundaries{};  // of the prompt
+    int held_tokens = 0;            // by the caches that were given
+    bool in_prompt = true;
+  };
+  struct Taken {
+    std::vector<PromptResponse> prompts{};
+    std::vector<Response> responses{};
+    std::map<Uid, std::size_t> stopped{};  // by a text: its response
+  };
+  Uid submit(Insert one);
+  void take(engine::Event& event, Taken& taken);
+  void give_caches(engine::Event& event, Response& response);
+
   model::CausalModel& model_;
   BatchOptions options_;
   bool keep_caches_;
   ModelRunner runner_;
   engine::Engine engine_;
-  std::map<Uid, std::vector<int>> boundaries_;  // of prompts that are not done
+  std::optional<TextEvents> texts_;
+  std::map<Uid, Open> open_;
   double start_s_;
 };
 
@@ -112,6 +133,7 @@ struct BatchItem {
   cache::Quantization kv_quantization{};
   engine::Drafts drafts{};
   bool ignore_eos = false;
+  const cache::Caches* caches = nullptr;  // continue from a copy of these, which outlive the run; they have their own size
 };
 
 struct BatchAnswer {
@@ -122,6 +144,7 @@ struct BatchAnswer {
   std::optional<Error> error{};
   int prompt_tokens = 0, generation_tokens = 0;  // generation: the token that ended it counts
   int accepted_tokens = 0;                       // of these: guesses
+  cache::Caches caches{};                        // with BatchRun::keep_caches, once the run is over: of prompt and answer
 };
 
 struct BatchRun {
@@ -132,6 +155,7 @@ struct BatchRun {
   model::CausalModel* draft_model = nullptr;
   std::function<void(const BatchGenerator::Stats&)> on_step{};
   const std::atomic<bool>* cancel = nullptr;
+  bool keep_caches = false;  // hand them over; they then serve no later prompt
   /** Prefixes that outlive the run; its engine's prefix_cache_bytes default to those of the folder, as memory allows. */
   PrefixFolder prefixes{};
 };

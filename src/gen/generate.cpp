@@ -12,6 +12,7 @@
 #include <mlx/transforms.h>
 
 #include "base/error.h"
+#include "cache/layer_shape.h"
 #include "cache/prompt_file.h"
 #include "gen/memory.h"
 #include "gen/speculative.h"
@@ -56,6 +57,7 @@ void check_prompt(const arch::Model& model, const std::vector<int>& prompt, cons
     throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted 0 (unbounded) or more", options.max_kv_size_tokens));
   }
   cache::check_quantization(model, options.kv_quantization);
+  if (!caches.empty()) cache::check_fits(caches, model);
   if (on_gpu()) return;
   // The dtype of an empty cache is not known yet: 2 bytes a number is the least it can be. check_growth() knows better after a chunk.
   const int64_t tokens = static_cast<int64_t>(prompt.size()) + cache::prompt_tokens(caches);

@@ -10,7 +10,9 @@
 #include <mlx/transforms.h>
 
 #include "base/error.h"
+#include "cache/layer_shape.h"
 #include "cache/quantized.h"
+#include "gen/callers_choice.h"
 #include "gen/memory.h"
 #include "kernels/cpu/kernels.h"
 #include "plan/plan.h"
@@ -58,7 +60,7 @@ struct ModelRunner::Chooser {
 
   bool wants_logprobs() const { return sampling.want_logprob || sampling.want_logprobs || sampling.top_logprobs > 0; }
   /** The most likely token and nothing else: such rows share one argmax. */
-  bool plain() const { return sampling.temperature == 0.f && !wants_logprobs() && !processors.any() && !mask; }
+  bool plain() const { return sampling.temperature == 0.f && !wants_logprobs() && !processors.any() && !mask && !sampling.is_callers(); }
 };
 
 /** What is read when the step has been evaluated. A row with a draft has several logits. */
@@ -241,9 +243,7 @@ const cache::Caches& ModelRunner::caches(engine::CacheId cache) {
 }
 
 engine::CacheId ModelRunner::adopt(cache::Caches caches) {
-  if (caches.size() != layer_shapes_.size()) {
-    throw Error(Code::bad_request, "cache", fmt::format("got caches of {} layers, wanted {}", caches.size(), layer_shapes_.size()));
-  }
+  cache::check_fits(caches, model_.description());
   int tokens = 0;
   for (const auto& c : caches) tokens = c ? std::max(tokens, c->offset()) : tokens;
   held_.emplace(++last_id_, Held{std::move(caches), tokens});
@@ -415,6 +415,11 @@ mx::array ModelRunner::masked(const mx::array& logits, engine::TokenMask& mask) 
 }
 
 ModelRunner::Choice ModelRunner::choose_one(const engine::PlannedRow& row, Chooser& chooser, mx::array logits) {
+  if (chooser.sampling.is_callers()) {
+    const auto allowed = [&](const mx::array& one) { return chooser.mask ? masked(one, *chooser.mask) : one; };
+    auto chosen = choose_by_caller(row, chooser.sampling, chooser.processors, chooser.sampler, allowed, logits, chooser.wants_logprobs());
+    return {.token = mx::array(chosen.verdict.token), .logprobs = std::move(chosen.logprobs), .verdict = chosen.verdict};
+  }
   const bool drafted = !row.draft.empty();
   if (chooser.processors.any() && !drafted) logits = sample::process(logits, row.history, chooser.processors);
   if (chooser.processors.any() && drafted) {

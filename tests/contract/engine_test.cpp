@@ -405,6 +405,71 @@ TEST(Engine, CachesAreHandedOverAndTakenUp) {
   EXPECT_FALSE(b.runner.caches.contains(given));
 }
 
+TEST(Engine, ACacheMayComeWithoutItsTokens) {
+  Bench b({.prefix_cache_bytes = 100'000});
+  const auto given = [&] {
+    const auto cache = b.runner.reserve(20, {});
+    b.runner.caches.at(cache).tokens = prompt_of(20);
+    return cache;
+  };
+  b.runner.guess = [](const DraftWanted& w, const Sampling&) {
+    EXPECT_EQ(w.tokens.front(), 5);
+    return std::vector<int>{1, 2};
+  };
+  b.runner.before_run = [](const StepPlan& plan) {
+    for (const auto& row : plan.rows) EXPECT_TRUE(row.history.empty() || row.history.front() == 5);
+  };
+  const Request wanted{.tokens = {5, 6}, .max_tokens = 6, .cache_tokens = prompt_of(20)};
+  const Sampling penalty{.repetition_penalty = 1.1f};
+  const auto id = b.submit({.tokens = {5, 6}, .max_tokens = 6, .sampling = penalty, .drafts = {.ngram_tokens = 3}, .cache = given()});
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(b.answers[id], alone(wanted));
+  EXPECT_TRUE(b.engine->snapshot().stored.empty());  // under which tokens?
+  // What is known comes back.
+  const auto kept = b.submit({.tokens = {5, 6}, .max_tokens = 3, .cache = given(), .keep_cache = true});
+  b.step();
+  EXPECT_EQ(b.engine->cache_of(kept)->second, (std::vector<int>{5, 6}));
+  b.drain();
+  EXPECT_EQ(b.last.at(kept).cache_tokens, (std::vector<int>{5, 6, b.answers[kept][0], b.answers[kept][1]}));
+  b.engine->submit({.tokens = {7}, .max_tokens = 1, .cache = b.last.at(kept).cache, .cache_tokens = b.last.at(kept).cache_tokens});
+  b.violations.clear();
+  b.drain();
+  EXPECT_SOUND(b);
+}
+
+TEST(Engine, ACacheWithoutItsTokensIsNotComputedAgain) {
+  Bench b;
+  const auto cache = b.runner.reserve(20, {});
+  b.runner.caches.at(cache).tokens = prompt_of(20);
+  const auto id = b.submit({.tokens = {5, 6}, .max_tokens = 9, .cache = cache});
+  const Request other{.tokens = prompt_of(3, 1), .max_tokens = 9};
+  const auto good = b.submit(other);
+  int step = 0;
+  b.runner.step_fails = [&](const StepPlan&) { return step++ == 3; };
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(b.last.at(id).finish, Finish::failed);
+  EXPECT_EQ(b.last.at(id).error->code(), Code::internal);  // of the step, not of memory
+  EXPECT_EQ(b.answers[good], alone(other));
+}
+
+TEST(Engine, TimeOfASharedStepIsDividedByTokens) {
+  Bench b({.step_tokens = 11});
+  b.submit({.tokens = prompt_of(4), .max_tokens = 3});
+  b.step();  // a prompt
+  const double one = b.engine->counters().prompt_s;
+  EXPECT_GT(one, 0);
+  EXPECT_EQ(b.engine->counters().decode_s, 0);
+  b.submit({.tokens = prompt_of(10, 1), .max_tokens = 1});
+  b.step();  // a decoding row and ten tokens of a prompt, in as much time
+  EXPECT_NEAR(b.engine->counters().decode_s, one / 11, 1e-9);
+  EXPECT_NEAR(b.engine->counters().prompt_s, one + one * 10 / 11, 1e-9);
+  b.drain();
+  EXPECT_EQ(b.engine->counters().generated_tokens, 4);
+  EXPECT_EQ(b.engine->counters().decode_tokens, 2);
+}
+
 TEST(Engine, MasksSeeEveryTokenOnceAndMayFail) {
   struct Counting : TokenMask {
     std::vector<int> seen;

@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 #include <mlx/ops.h>
 
+#include "cache/prompt_file.h"
 #include "cache/quantized.h"
 #include "engine/async_mask.h"
 #include "gen/batch.h"
@@ -377,6 +378,58 @@ TEST_P(Faults, BatchGeneratorHandsCachesOnAndTakesThemBack) {
     for (const auto& r : second.next_generated()) rest.push_back(r.chosen->token);
   }
   EXPECT_EQ(rest, std::vector<int>(whole.begin() + 5, whole.end()));
+}
+
+TEST_P(Faults, FunctionsOfTheCallerAndStopTextsWithDrafts) {
+  const auto other = tiny(GetParam());
+  gen::BatchGenerator batch(*model_, {.draft_model = other.get(), .tokenizer = &tokenizer()}, /*keep_caches=*/true);
+  const auto likeliest = [](std::span<const float> l) { return static_cast<int>(std::ranges::max_element(l) - l.begin()); };
+  const auto p = prompt(20, 1);
+  const auto wanted = run_alone(*model_, p, 18);
+  const auto nothing = [&](std::span<const int> tokens, std::span<float>) { EXPECT_TRUE(std::equal(p.begin(), p.end(), tokens.begin())); };
+  std::vector<gen::BatchGenerator::Insert> inserts(5);
+  for (auto& one : inserts) {
+    one.segments = {p};
+    one.max_tokens = 18;
+  }
+  inserts[0].sampling = engine::Sampling{.processors = {nothing}};
+  inserts[1].sampling = engine::Sampling{.want_logprob = true, .sampler = likeliest};
+  inserts[1].drafts = engine::Drafts{.model_tokens = 4};
+  inserts[2].sampling = engine::Sampling{.processors = {nothing, nothing}, .sampler = likeliest};
+  inserts[2].drafts = engine::Drafts{.ngram_tokens = 4};
+  const auto text = tokenizer().decode(std::vector<int>(wanted.begin(), wanted.begin() + 8));
+  inserts[3].drafts = inserts[4].drafts = engine::Drafts{.model_tokens = 6};
+  inserts[3].stop = {tokenizer().decode({wanted[7]})};
+  const auto uids = batch.insert_segments(std::move(inserts));
+  std::map<Uid, std::vector<int>> answers;
+  std::map<Uid, gen::BatchGenerator::Response> last;
+  std::string told;
+  while (batch.has_work()) {
+    for (auto& r : batch.next().second) {
+      answers[r.uid].push_back(r.chosen->token);
+      if (r.uid == uids[3]) told += r.text;
+      last.insert_or_assign(r.uid, std::move(r));
+    }
+  }
+  for (int i : {0, 1, 2, 4}) EXPECT_EQ(answers[uids[i]], wanted) << i;
+  EXPECT_EQ(told, text.substr(0, text.find(tokenizer().decode({wanted[7]}))));
+  EXPECT_EQ(last.at(uids[3]).finish, Finish::stop);
+  // Its cache came along, and goes on, whether its tokens are told or not.
+  auto& kept = last.at(uids[3]);
+  const auto held = kept.all_tokens.size() - p.size();
+  ASSERT_LT(held, wanted.size());
+  EXPECT_EQ(cache::prompt_tokens(kept.caches), static_cast<int>(kept.all_tokens.size()));
+  gen::BatchGenerator second(*model_);
+  std::vector<gen::BatchGenerator::Insert> more(2);
+  more[0] = {.segments = {{wanted[held]}}, .max_tokens = static_cast<int>(wanted.size() - held - 1), .caches = cache::copy(kept.caches)};
+  more[1] = {
+      .segments = {{wanted[held]}}, .max_tokens = more[0].max_tokens, .caches = std::move(kept.caches), .all_tokens = kept.all_tokens};
+  const auto on = second.insert_segments(std::move(more));
+  answers.clear();
+  while (second.has_work()) {
+    for (const auto& r : second.next_generated()) answers[r.uid].push_back(r.chosen->token);
+  }
+  for (const auto uid : on) EXPECT_EQ(answers[uid], std::vector<int>(wanted.begin() + static_cast<std::ptrdiff_t>(held) + 1, wanted.end()));
 }
 
 TEST_P(Faults, SegmentsEndSteps) {

@@ -12,6 +12,7 @@
 #include "arch/registry.h"
 #include "base/error.h"
 #include "base/files.h"
+#include "cache/layer_shape.h"
 #include "cache/prompt_file.h"
 #include "weights/weights.h"
 
@@ -408,6 +409,72 @@ TEST(TrimAndCopy, WorkOverAllLayers) {
   EXPECT_FALSE(cache::trimmable(longer));
   EXPECT_EQ(cache::trim(longer, 3), 0);
   EXPECT_EQ(cache::prompt_tokens(longer), 9);
+}
+
+TEST(CheckFits, ACacheIsOfModelsWithItsSizesOnly) {
+  const auto problem = [](const cache::Caches& caches, const arch::Model& m) -> std::string {
+    try {
+      cache::check_fits(caches, m);
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), Code::bad_request);
+      return e.what();
+    }
+    return "";
+  };
+  const auto with = [](const char* key, const json& value) {
+    auto config = config_of();
+    config[key] = value;
+    return model_of(config);
+  };
+  auto caches = filled(5);
+  auto shared = cache::copy(filled(100));  // all of it in memory of others, but for a rest
+  auto quantized = filled(5);
+  cache::quantize_caches(quantized, {.bits = 4, .group_size = 32});
+  for (const auto* c : {&caches, &shared, &quantized}) {
+    EXPECT_EQ(problem(*c, model()), "");
+    EXPECT_NE(problem(*c, model_of(config_of(4))).find("cache 0: got 2 heads of 32 and 32 numbers, wanted 4"), std::string::npos);
+    EXPECT_NE(problem(*c, model_of(config_of(2, 4))).find("got caches of 3 layers, wanted 4"), std::string::npos);
+    EXPECT_NE(problem(*c, with("head_dim", 64)).find("wanted 2 of 64 and 64"), std::string::npos);
+    EXPECT_NE(problem(*c, with("sliding_window", 4)).find("cache 1: got a window of 8 tokens, wanted at most 4"), std::string::npos);
+    EXPECT_EQ(problem(*c, with("sliding_window", 9)), "");
+  }
+  EXPECT_EQ(problem(cache::make_caches(model(), 6), model()), "");
+  caches[2] = std::make_unique<cache::RecurrentCache>(2);
+  EXPECT_NE(problem(caches, model()).find("cache 2: got one of a recurrent layer"), std::string::npos);
+  caches[2].reset();
+  EXPECT_NE(problem(caches, model()).find("cache 2: got none"), std::string::npos);
+  caches[2] = std::make_unique<cache::ChunkedKvCache>(64);
+  EXPECT_NE(problem(caches, model()).find("cache 2: got chunks of 64"), std::string::npos);
+}
+
+TEST(CheckFits, StatesOfRecurrentLayers) {
+  const auto of = [](int heads) {
+    return model_of({{"model_type", "lfm2"},
+                     {"hidden_size", 16 * heads},
+                     {"num_hidden_layers", 2},
+                     {"layer_types", {"conv", "full_attention"}},
+                     {"num_attention_heads", heads},
+                     {"num_key_value_heads", 1},
+                     {"conv_L_cache", 3},
+                     {"conv_bias", false},
+                     {"block_dim", 16 * heads},
+                     {"block_ff_dim", 32},
+                     {"block_multiple_of", 16},
+                     {"block_ffn_dim_multiplier", 1.0},
+                     {"block_auto_adjust_ff_dim", false},
+                     {"norm_eps", 1e-5},
+                     {"vocab_size", 16},
+                     {"max_position_embeddings", 64},
+                     {"rope_theta", 1e4}});
+  };
+  auto caches = cache::make_caches(of(2));
+  auto& state = dynamic_cast<cache::RecurrentCache&>(*caches[0]);
+  EXPECT_NO_THROW(cache::check_fits(caches, of(4)));  // it holds nothing yet
+  state.set_slot(0, mx::zeros({1, 2, 32}));
+  EXPECT_NO_THROW(cache::check_fits(caches, of(2)));
+  EXPECT_THROW(cache::check_fits(caches, of(4)), Error);
+  std::swap(caches[0], caches[1]);
+  EXPECT_THROW(cache::check_fits(caches, of(2)), Error);
 }
 
 }  // namespace
