@@ -4,13 +4,13 @@
 #include <algorithm>
 #include <utility>
 
-#include <mlx/allocator.h>
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
 #include "base/error.h"
 #include "cache/quantized.h"
 #include "cache/rows.h"
+#include "kernels/cpu/memory.h"
 #include "plan/plan.h"
 
 namespace mlxlm::cache {
@@ -18,7 +18,7 @@ namespace {
 
 mx::array new_buffer(int heads, int rows, int dims, mx::Dtype dtype) {
   const auto bytes = static_cast<std::size_t>(heads) * rows * dims * mx::size_of(dtype);
-  return mx::array(mx::allocator::malloc(bytes), {1, heads, rows, dims}, dtype);
+  return mx::array(kernels::cpu::allocate(bytes), {1, heads, rows, dims}, dtype);
 }
 
 /** A plan with fresh buffers of `rows` rows. */

@@ -4,13 +4,13 @@
 #include <algorithm>
 
 #include <fmt/format.h>
-#include <mlx/allocator.h>
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
 #include "base/error.h"
 #include "cache/layer_shape.h"
 #include "cache/rows.h"
+#include "kernels/cpu/memory.h"
 
 namespace mlxlm::cache {
 
@@ -83,7 +83,7 @@ QuantizedPlan QuantizedKvCache::plan_quantized(int tokens, const KvShape& shape)
         const auto dtype = part == 0 ? mx::uint32 : shape.dtype;
         const int width = part == 0 ? dims * bits_ / 32 : dims / group_size_;
         const auto bytes = std::size_t(shape.kv_heads) * room * width * mx::size_of(dtype);
-        plan.planes.push_back(mx::array(mx::allocator::malloc(bytes), {1, shape.kv_heads, room, width}, dtype));
+        plan.planes.push_back(mx::array(kernels::cpu::allocate(bytes), {1, shape.kv_heads, room, width}, dtype));
       }
     }
     if (offset_ > 0) {

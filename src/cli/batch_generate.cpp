@@ -113,6 +113,24 @@ void read_fields(const json& line, gen::BatchItem& item) {
   read_logit_bias(line, s.logit_bias);
 }
 
+/** What every template takes for granted. */
+json checked_messages(const json& messages) {
+  if (!messages.is_array() || messages.empty()) throw Error(Code::bad_request, "messages", "wanted a list of messages");
+  for (std::size_t i = 0; i < messages.size(); ++i) {
+    const auto& message = messages[i];
+    const auto where = fmt::format("message {}", i + 1);
+    if (!message.is_object()) {
+      throw Error(Code::bad_request, where, fmt::format("got a JSON {}, wanted an object with role and content", message.type_name()));
+    }
+    const auto role = message.find("role");
+    if (role == message.end()) throw Error(Code::bad_request, where, "has no role, wanted a text such as \"user\"");
+    if (!role->is_string()) {
+      throw Error(Code::bad_request, where, fmt::format("got a JSON {} as its role, wanted a text such as \"user\"", role->type_name()));
+    }
+  }
+  return messages;
+}
+
 void parse_line(const std::string& text, const gen::BatchItem& defaults, Line& line) {
   const json value = parse_json(text, "JSON");
   if (!value.is_object()) throw Error(Code::bad_request, "JSON", "wanted an object");
@@ -124,9 +142,7 @@ void parse_line(const std::string& text, const gen::BatchItem& defaults, Line& l
     if (!value.at("prompt").is_string()) throw Error(Code::bad_request, "prompt", "wanted a text");
     line.text = value.at("prompt").get<std::string>();
   } else {
-    if (!value.at("messages").is_array() || value.at("messages").empty())
-      throw Error(Code::bad_request, "messages", "wanted a list of messages");
-    line.messages = value.at("messages");
+    line.messages = checked_messages(value.at("messages"));
   }
   read_fields(value, line.item);
 }
@@ -162,7 +178,7 @@ std::vector<int> tokens_of(const Line& line, const Arguments& a, const text::Tok
       messages = json::array({{{"role", "user"}, {"content", line.text}}});
       if (line.text.empty() && !a.system_prompt) throw Error(Code::bad_request, "prompt", "got an empty text, wanted a message");
     }
-    if (a.system_prompt && messages.front().value("role", "") != "system") {
+    if (a.system_prompt && messages.front()["role"] != "system") {
       messages.insert(messages.begin(), json{{"role", "system"}, {"content", *a.system_prompt}});
     }
     text::TemplateOptions options;
@@ -271,6 +287,8 @@ void encode(std::vector<Line>& lines, const Arguments& a, const text::Tokenizer&
       if (line.item.sampling.xtc_probability > 0) line.item.sampling.xtc_special_tokens = special;
     } catch (const Error& e) {
       line.error = e;
+    } catch (const std::exception& e) {
+      line.error = Error(Code::internal, "prompt", e.what());
     }
   }
 }

@@ -39,7 +39,7 @@ struct Arguments {
   std::string model, adapter_path, chat_template_config, cpu_precision = "default";
   std::vector<std::string> extra_eos;
   std::optional<std::string> system_prompt;
-  bool trust_remote_code = false, pipeline = false;
+  bool trust_remote_code = false, pipeline = false, statistics = false;
   int max_tokens = 256, prefill_step_size = 2048, threads = 0;
   int64_t seed = 0;
   sample::SamplerOptions sampler;
@@ -89,8 +89,11 @@ std::filesystem::path user_path(const std::string& text) {
 /** Reads, obeys and answers until the end. */
 class Repl {
  public:
-  Repl(Conversation& conversation, bool terminal)
-      : conversation_(conversation), terminal_(terminal), editor_(terminal, terminal ? chat_history_file() : std::filesystem::path{}) {
+  Repl(Conversation& conversation, bool terminal, bool statistics)
+      : conversation_(conversation),
+        terminal_(terminal),
+        statistics_(statistics || terminal || ::isatty(STDERR_FILENO) == 1),
+        editor_(terminal, terminal ? chat_history_file() : std::filesystem::path{}) {
     const char* kind = std::getenv("TERM");
     colors_ = terminal && !std::getenv("NO_COLOR") && kind && *kind && std::strcmp(kind, "dumb") != 0;
   }
@@ -114,7 +117,7 @@ class Repl {
   void print_statistics(const Conversation::Turn& turn);
 
   Conversation& conversation_;
-  const bool terminal_;
+  const bool terminal_, statistics_;
   bool colors_ = false, quit_ = false;
   int status_ = 0;
   LineEditor editor_;
@@ -261,9 +264,8 @@ void Repl::answer(const std::string& message) {
     throw;
   }
   write("\n");
-  if (terminal_) {
-    print_statistics(turn);
-  } else if (turn.last.finish == gen::Finish::cancelled) {
+  if (statistics_) print_statistics(turn);
+  if (!terminal_ && turn.last.finish == gen::Finish::cancelled) {
     status_ = exit_status(Code::cancelled);
     quit_ = true;
   }
@@ -284,6 +286,8 @@ int Repl::run() {
       report(e.what());
     } catch (const std::bad_alloc&) {
       report("out of memory");
+    } catch (const std::exception& e) {  // MLX's, which has no type for a lack of memory
+      report(e.what());
     }
   }
   return status_;
@@ -313,7 +317,7 @@ int run(const Arguments& a) {
   Conversation conversation(session, std::move(options), std::move(variables));
   conversation.set_system(a.system_prompt);
   if (terminal) fmt::print("Talking with {}. h lists the commands, q ends.\n", path.filename().string());
-  return Repl(conversation, terminal).run();
+  return Repl(conversation, terminal, a.statistics).run();
 }
 
 void add_options(CLI::App& c, Arguments& a) {
@@ -325,6 +329,7 @@ void add_options(CLI::App& c, Arguments& a) {
   c.add_option("--system-prompt", a.system_prompt, "System message of the conversation");
   c.add_option("--chat-template-config", a.chat_template_config, "JSON object of further variables for the chat template");
   c.add_option("--extra-eos-token", a.extra_eos, "Tokens, or their ids, that also end an answer");
+  c.add_flag("--stats", a.statistics, "Tokens and speed after each answer on stderr, also where that is no terminal");
   c.add_flag("--pipeline", a.pipeline, "Accepted for compatibility, without effect in one process");
   add_cpu_precision(c, a.cpu_precision);
   add_threads(c, a.threads);

@@ -3,6 +3,7 @@
 #include "cli/conversation.h"
 
 #include <algorithm>
+#include <climits>
 
 #include <fmt/format.h>
 
@@ -35,8 +36,9 @@ Conversation::Conversation(Session& session, gen::Options options, json variable
   }
 }
 
-std::vector<int> Conversation::render() const {
+std::vector<int> Conversation::render(bool for_answer) const {
   text::TemplateOptions options;
+  options.add_generation_prompt = for_answer;
   options.extra = variables_;
   return session_.tokenizer.encode(session_.tokenizer.apply_chat_template(to_json(), options), false);
 }
@@ -46,22 +48,44 @@ void Conversation::drop_caches() {
   held_.clear();
 }
 
+std::size_t Conversation::keep_snapshot(const std::vector<int>& prompt) {
+  drop_caches();
+  for (auto s = snapshots_.rbegin(); s != snapshots_.rend(); ++s) {
+    if (s->tokens.size() >= prompt.size() || !std::equal(s->tokens.begin(), s->tokens.end(), prompt.begin())) continue;
+    for (const auto& c : s->caches) caches_.push_back(c ? c->copy() : nullptr);
+    held_ = s->tokens;
+    break;
+  }
+  return held_.size();
+}
+
+int Conversation::snapshot_point(const std::vector<int>& prompt) const {
+  const int64_t answer = options_.max_tokens < 0 ? INT_MAX / 2 : options_.max_tokens;
+  const auto to_come = static_cast<int>(std::min<int64_t>(INT_MAX / 2, static_cast<int64_t>(prompt.size() - held_.size()) + answer));
+  const auto goes_back = [&](const cache::CachePtr& c) { return !c || c->can_rewind(to_come, false); };
+  if (std::ranges::all_of(caches_, goes_back)) return 0;
+  const auto messages = render(false);
+  return static_cast<int>(std::ranges::mismatch(messages, prompt).in2 - prompt.begin());
+}
+
+void Conversation::take_snapshot() {
+  constexpr std::size_t most = 2;  // one to go on from, and one if the last message is taken back
+  Snapshot s{held_, {}};
+  for (const auto& c : caches_) s.caches.push_back(c ? c->copy() : nullptr);
+  if (snapshots_.size() == most) snapshots_.erase(snapshots_.begin());
+  snapshots_.push_back(std::move(s));
+}
+
 std::size_t Conversation::keep_common_prefix(const std::vector<int>& prompt) {
   const auto most = std::min(held_.size(), prompt.empty() ? 0 : prompt.size() - 1);
   const auto common = static_cast<std::size_t>(
       std::mismatch(held_.begin(), held_.begin() + static_cast<std::ptrdiff_t>(most), prompt.begin()).first - held_.begin());
   const auto surplus = static_cast<int>(held_.size() - common);
   const auto fits = [&](const cache::CachePtr& c) { return !c || surplus == 0 || c->trimmable(); };
-  if (!std::ranges::all_of(caches_, fits)) {
-    drop_caches();
-    return 0;
-  }
+  if (!std::ranges::all_of(caches_, fits)) return keep_snapshot(prompt);
   for (const auto& c : caches_) {
     if (!c || surplus == 0) continue;
-    if (c->trim(surplus) != surplus) {
-      drop_caches();
-      return 0;
-    }
+    if (c->trim(surplus) != surplus) return keep_snapshot(prompt);
   }
   held_.resize(common);
   return common;
@@ -72,14 +96,20 @@ Conversation::Turn Conversation::answer(const std::string& message, const std::f
   try {
     const auto prompt = render();
     const auto reused = keep_common_prefix(prompt);
+    if (caches_.empty()) caches_ = cache::make_caches(session_.loaded.model->description(), options_.max_kv_size_tokens);
+    const int boundary = snapshot_point(prompt) - static_cast<int>(reused);
     const std::vector<int> rest(prompt.begin() + static_cast<std::ptrdiff_t>(reused), prompt.end());
     std::string text;
     auto options = options_;
+    options.context = held_;
+    options.draft_memory = &drafts_;
+    options.prefill_boundary = std::max(0, boundary);
     if (options.sampler.seed) *options.sampler.seed += turns_;  // each turn draws other numbers
     ++turns_;
     options.on_prefill = [&](int processed, int total) {
       held_.resize(reused);
       held_.insert(held_.end(), rest.begin(), rest.begin() + processed);
+      if (boundary > 0 && processed == boundary) take_snapshot();
       if (options_.on_prefill) options_.on_prefill(processed, total);
     };
     const auto on_response = [&](const gen::Response& r) {
@@ -98,6 +128,7 @@ Conversation::Turn Conversation::answer(const std::string& message, const std::f
   } catch (...) {
     messages_.erase(messages_.size() - 1);
     drop_caches();
+    snapshots_.clear();
     throw;
   }
 }

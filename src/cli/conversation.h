@@ -8,6 +8,7 @@
 
 #include "api/session.h"
 #include "gen/generate.h"
+#include "gen/speculative.h"
 
 namespace mlxlm::cli {
 
@@ -37,9 +38,14 @@ class Conversation {
   void from_json(const json& value);
 
  private:
-  std::vector<int> render() const;
+  std::vector<int> render(bool for_answer = true) const;
   /** Makes the caches hold a prefix of the prompt and no more; returns its length, less than the prompt's. */
   std::size_t keep_common_prefix(const std::vector<int>& prompt);
+  /** Takes the latest snapshot that is the beginning of the prompt; returns its length. */
+  std::size_t keep_snapshot(const std::vector<int>& prompt);
+  /** Where the messages end and the answer's opening begins, if a snapshot of there may be needed; else 0. */
+  int snapshot_point(const std::vector<int>& prompt) const;
+  void take_snapshot();
   void drop_caches();
 
   Session& session_;
@@ -50,6 +56,14 @@ class Conversation {
   json messages_ = json::array();
   cache::Caches caches_;
   std::vector<int> held_;  // what the caches hold
+  /** Caches that cannot go back, as they were at the end of a message: a template may show the answer in another way, or without what the
+   * model thought, once it is in the past. */
+  struct Snapshot {
+    std::vector<int> tokens;
+    cache::Caches caches;
+  };
+  std::vector<Snapshot> snapshots_;  // the latest, oldest first
+  gen::DraftMemory drafts_;
 };
 
 }  // namespace mlxlm::cli

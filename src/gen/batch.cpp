@@ -68,8 +68,6 @@ void give(engine::Request& r, cache::Caches caches, const arch::Model& model, Mo
 
 engine::Limits default_limits(int max_sequences) {
   engine::Limits limits{.max_sequences = max_sequences};
-  // On a GPU free memory of the host says nothing.
-  if (mx::default_device() == mx::Device::gpu) return limits;
   if (const auto free = available_bytes()) limits.memory_bytes = std::max<int64_t>(1, *free / 10 * 9);
   return limits;
 }
@@ -244,6 +242,7 @@ class Batch {
         answers_(items.size()),
         runner_(model, run.limits, run.draft_model),
         engine_(runner_, limits_of(run)) {
+    runner_.stop_when(run.cancel);
     if (run.prefixes.folder.empty()) return;
     store_ = std::make_unique<PrefixFiles>(run.prefixes, model, runner_);
     engine_.set_store(store_.get());
@@ -312,7 +311,9 @@ class Batch {
     if (found == open_.end()) return;
     const auto index = found->second;
     auto& answer = answers_[index];
-    auto finish = e.finish;
+    // A step that was stopped counts for nothing, and so does its failure.
+    const bool stopped_step = e.error && e.error->code() == Code::cancelled;
+    auto finish = stopped_step ? engine::Finish::cancelled : e.finish;
     if (e.chosen) {
       ++answer.generation_tokens;
       answer.accepted_tokens += e.from_draft;
@@ -334,7 +335,7 @@ class Batch {
     }
     if (finish == engine::Finish::none) return;
     open_.erase(found);
-    answer.error = e.error;
+    if (!stopped_step) answer.error = e.error;
     end(index, finish == engine::Finish::failed            ? Finish::none
                : stopped || finish == engine::Finish::stop ? Finish::stop
                : finish == engine::Finish::cancelled       ? Finish::cancelled

@@ -41,9 +41,19 @@ CacheSizes sizes_of(const Options& options, int value_bytes) {
   return {options.max_kv_size_tokens, value_bytes, options.kv_quantization, options.prefill_step_tokens};
 }
 
+/** An empty cache has no dtype yet: then what the model says. */
+int bytes_of_number(const model::CausalModel& model, const cache::Caches& caches) {
+  const int bytes = value_bytes(caches);
+  return bytes > 0 ? bytes : model.cache_value_bytes();
+}
+
+bool is_set(const std::atomic<bool>* cancel) {
+  return cancel != nullptr && cancel->load(std::memory_order_relaxed);
+}
+
 /** Throws unless `tokens` can be run, and what they add to `caches` fits into memory. */
-void check_prompt(const arch::Model& model, const std::vector<int>& prompt, const Options& options, const cache::Caches& caches) {
-  const int vocab = model.vocab;
+void check_prompt(const model::CausalModel& model, const std::vector<int>& prompt, const Options& options, const cache::Caches& caches) {
+  const int vocab = model.description().vocab;
   if (prompt.empty()) throw Error(Code::bad_request, "prompt", "got no tokens, wanted at least one");
   for (int token : prompt) {
     if (token < 0 || token >= vocab) {
@@ -56,19 +66,17 @@ void check_prompt(const arch::Model& model, const std::vector<int>& prompt, cons
   if (options.max_kv_size_tokens < 0) {
     throw Error(Code::bad_request, "max_kv_size", fmt::format("got {}, wanted 0 (unbounded) or more", options.max_kv_size_tokens));
   }
-  cache::check_quantization(model, options.kv_quantization);
-  if (!caches.empty()) cache::check_fits(caches, model);
-  if (on_gpu()) return;
-  // The dtype of an empty cache is not known yet: 2 bytes a number is the least it can be. check_growth() knows better after a chunk.
+  cache::check_quantization(model.description(), options.kv_quantization);
+  if (!caches.empty()) cache::check_fits(caches, model.description());
   const int64_t tokens = static_cast<int64_t>(prompt.size()) + cache::prompt_tokens(caches);
-  const int bytes = value_bytes(caches);
-  check_available(cache_bytes(model, tokens, sizes_of(options, bytes > 0 ? bytes : 2)) - cache::total_bytes(caches), tokens);
+  check_available(cache_bytes(model.description(), tokens, sizes_of(options, bytes_of_number(model, caches))) - cache::total_bytes(caches),
+                  tokens);
 }
 
 /** After a chunk the caches tell what a number really takes. */
 void check_growth(const arch::Model& model, int64_t tokens_to_come, const Options& options, const cache::Caches& caches) {
   const int bytes = value_bytes(caches);
-  if (on_gpu() || bytes == 0) return;
+  if (bytes == 0) return;
   const int64_t tokens = tokens_to_come + cache::prompt_tokens(caches);
   check_available(cache_bytes(model, tokens, sizes_of(options, bytes)) - cache::total_bytes(caches), tokens);
 }
@@ -82,21 +90,35 @@ bool last_token_alone(const Options& options, const cache::Caches& caches) {
   });
 }
 
+/** One chunk of a prompt; false when it was cancelled, and then the caches are as before. */
+bool run_chunk(model::CausalModel& model, const int* tokens, int count, const Options& options, cache::Caches& caches) {
+  Undo undo(caches, count, options.cancel != nullptr);
+  const model::StopScope scope(model, options.cancel);
+  model.run(mx::array(tokens, {count}, mx::int32), {{count, 0, &caches}});
+  if (options.cancel != nullptr) evaluate_state(caches);
+  if (is_set(options.cancel)) {
+    undo.back();
+    return false;
+  }
+  cache::quantize_caches(caches, options.kv_quantization);
+  evaluate_state(caches);
+  mx::clear_cache();
+  return true;
+}
+
 /** Runs all but the last token of a prompt, or, unless `whole`, all but what one more step takes; returns how many, or nothing when
  * cancelled. */
 std::optional<int> run_chunks(model::CausalModel& model, const std::vector<int>& prompt, const Options& options, cache::Caches& caches,
                               bool whole) {
   const int total = static_cast<int>(prompt.size());
   const int alone = last_token_alone(options, caches) ? 1 : 0, last = whole ? 0 : alone > 0 ? alone : options.prefill_step_tokens;
+  const int boundary = std::min(options.prefill_boundary, total - 1);
   int processed = 0;
   if (options.on_prefill) options.on_prefill(0, total);
-  while (total - processed > last) {
-    if (options.cancel && options.cancel->load(std::memory_order_relaxed)) return std::nullopt;
-    const int count = std::min(options.prefill_step_tokens, std::max(1, total - processed - alone));
-    model.run(mx::array(prompt.data() + processed, {count}, mx::int32), {{count, 0, &caches}});
-    cache::quantize_caches(caches, options.kv_quantization);
-    evaluate_state(caches);
-    mx::clear_cache();
+  while (total - processed > last || processed < boundary) {
+    int count = std::min(options.prefill_step_tokens, std::max(1, total - processed - alone));
+    if (processed < boundary) count = std::min(count, boundary - processed);
+    if (is_set(options.cancel) || !run_chunk(model, prompt.data() + processed, count, options, caches)) return std::nullopt;
     processed += count;
     check_growth(model.description(), total - processed, options, caches);
     if (options.on_prefill && (processed < total || whole)) options.on_prefill(processed, total);
@@ -135,13 +157,20 @@ class Generation {
     const int vocab = model.description().vocab;
     if (options.draft_model != nullptr) {
       drafter_ = std::make_unique<ModelDrafter>(*options.draft_model, vocab, options.max_kv_size_tokens, options.prefill_step_tokens,
-                                                sampler_, options.processors);
+                                                sampler_, options.processors, options.draft_memory);
     } else if (options.ngram_draft_tokens > 0) {
       drafter_ = std::make_unique<NgramDrafter>();
     }
   }
 
   Response run(const std::function<bool(const Response&)>& on_response);
+  /** No work may outlive the caches that it writes to. */
+  static void end_work() noexcept {
+    try {
+      mx::synchronize();
+    } catch (...) {
+    }
+  }
 
  private:
   void validate() const;
@@ -149,6 +178,7 @@ class Generation {
   std::optional<Sampled> prefill();
   Sampled step(const mx::array& tokens);
   void decode(Sampled current);
+  void make_room(int tokens);
   void decode_speculatively(const Sampled& first);
   bool draft_and_check(Trail& trail, int last_token);
   mx::array normalized(const mx::array& logits) const;
@@ -157,7 +187,7 @@ class Generation {
   Response response(int token, const Told& told) const;
   Response finish(Response last, Finish reason);
   bool keeps_history() const { return options_.processors.any() || drafter_; }
-  bool cancelled() const { return options_.cancel && options_.cancel->load(std::memory_order_relaxed); }
+  bool cancelled() const { return is_set(options_.cancel); }
   bool is_last(int count) const { return options_.max_tokens >= 0 && count >= options_.max_tokens; }
 
   model::CausalModel& model_;
@@ -174,10 +204,11 @@ class Generation {
   const std::function<bool(const Response&)>* on_response_ = nullptr;
   Response last_;              // what was delivered last
   bool last_is_held_ = false;  // speculation: the last token is in the caches
-  std::vector<int> history_;   // prompt and generated tokens, only for processors and drafts
+  std::vector<int> history_;   // context, prompt and generated tokens, only for processors and drafts
   int count_ = 0;              // generated tokens
   int drafted_ = 0, accepted_ = 0;
-  int held_at_start_ = 0;  // speculation: tokens in the caches beside those of history_
+  int held_at_start_ = 0;    // speculation: tokens in the caches beside those of history_
+  int64_t room_tokens_ = 0;  // that the caches may hold before memory must be asked for
   double prompt_s_ = 0;
   Clock::time_point decode_start_{};
 };
@@ -189,7 +220,7 @@ void Generation::validate() const {
   }
   sample::check(options_.sampler, vocab);
   sample::check(options_.processors, vocab);
-  check_prompt(model_.description(), prompt_, options_, caches_);
+  check_prompt(model_, prompt_, options_, caches_);
   validate_drafts();
 }
 
@@ -205,11 +236,12 @@ void Generation::validate_drafts() const {
   if (options_.draft_model != nullptr && ngram_tokens > 0) {
     throw Error(Code::bad_request, "ngram_draft_tokens", "got both it and a draft model, wanted one of them");
   }
-  if (options_.draft_model != nullptr && !on_gpu()) {
-    const auto tokens = static_cast<int64_t>(prompt_.size());
-    check_available(
-        cache_bytes(options_.draft_model->description(), tokens, {.max_kv_size_tokens = options_.max_kv_size_tokens, .value_bytes = 2}),
-        tokens);
+  if (options_.draft_model != nullptr) {
+    const auto& drafts = *options_.draft_model;
+    const auto tokens = static_cast<int64_t>(options_.context.size() + prompt_.size());
+    const int64_t held = options_.draft_memory ? cache::total_bytes(options_.draft_memory->caches) : 0;
+    const CacheSizes sizes{.max_kv_size_tokens = options_.max_kv_size_tokens, .value_bytes = drafts.cache_value_bytes()};
+    check_available(cache_bytes(drafts.description(), tokens, sizes) - held, tokens);
   }
 }
 
@@ -244,11 +276,22 @@ std::optional<Sampled> Generation::prefill() {
   const int total = static_cast<int>(prompt_.size());
   const auto processed = run_chunks(model_, prompt_, options_, caches_, false);
   if (!processed || cancelled()) return std::nullopt;
-  if (keeps_history()) history_ = prompt_;
-  Sampled first = step(mx::array(prompt_.data() + *processed, {total - *processed}, mx::int32));
+  if (keeps_history()) {
+    history_ = options_.context;
+    history_.insert(history_.end(), prompt_.begin(), prompt_.end());
+  }
+  const int count = total - *processed;
+  Undo undo(caches_, count, options_.cancel != nullptr);
+  const model::StopScope scope(model_, options_.cancel);
+  Sampled first = step(mx::array(prompt_.data() + *processed, {count}, mx::int32));
   mx::eval(first.arrays());
+  if (cancelled()) {
+    evaluate_state(caches_);
+    undo.back();
+    return std::nullopt;
+  }
   mx::clear_cache();
-  if (drafter_) drafter_->read(prompt_, [this] { return cancelled(); });
+  if (drafter_) drafter_->read(history_, options_.cancel);
   if (options_.on_prefill) options_.on_prefill(total, total);
   return first;
 }
@@ -322,6 +365,12 @@ Response Generation::run(const std::function<bool(const Response&)>& on_response
   return std::move(last_);
 }
 
+/** Before the caches take so many tokens more. */
+void Generation::make_room(int tokens) {
+  if (cache::prompt_tokens(caches_) + tokens <= room_tokens_) return;
+  room_tokens_ = check_answer(model_.description(), caches_, tokens, sizes_of(options_, bytes_of_number(model_, caches_)));
+}
+
 /** The next token is computed while the last one is handed over. */
 void Generation::decode(Sampled current) {
   while (true) {
@@ -329,6 +378,7 @@ void Generation::decode(Sampled current) {
     // Processors need the token itself before the next step can be described.
     if (options_.processors.any()) history_.push_back(current.token.item<int>());
     if (!is_last(count_ + 1) || keeps_caches_) {
+      make_room(1);
       next = step(current.token);
       mx::async_eval(next->arrays());
     }
@@ -348,7 +398,9 @@ void Generation::decode_speculatively(const Sampled& first) {
   history_.push_back(token);
   bool more = deliver(token, first.told, false);
   while (more) more = draft_and_check(trail, history_.back());
+  drafter_->finish();
   if (!keeps_caches_) return;
+  make_room(1);
   if (!last_is_held_) mx::eval(trail.run({history_.back()}, 0));
   trail.settle();
   evaluate_state(caches_);
@@ -367,6 +419,7 @@ bool Generation::draft_and_check(Trail& trail, int last_token) {
   const int drafted = static_cast<int>(draft.tokens.size());
   std::vector<int> tokens{last_token};
   tokens.insert(tokens.end(), draft.tokens.begin(), draft.tokens.end());
+  make_room(drafted + 1 + trail.pending());
   trail.mark(drafted + 1, true);
   auto logits = trail.run(tokens, drafted + 1);
   const auto row = [](const mx::array& a, int i) { return mx::slice(a, {i, 0}, {i + 1, a.shape(1)}); };
@@ -406,7 +459,7 @@ const char* finish_name(Finish finish) {
 }
 
 bool prefill(model::CausalModel& model, const std::vector<int>& prompt, const Options& options, cache::Caches& caches) {
-  check_prompt(model.description(), prompt, options, caches);
+  check_prompt(model, prompt, options, caches);
   if (caches.empty()) caches = cache::make_caches(model.description(), options.max_kv_size_tokens);
   return run_chunks(model, prompt, options, caches, true).has_value();
 }
@@ -419,7 +472,13 @@ double peak_memory_gb() {
 
 Response stream_generate(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<int>& prompt,
                          const Options& options, const std::function<bool(const Response&)>& on_response, cache::Caches* caches) {
-  return Generation(model, tokenizer, prompt, options, caches).run(on_response);
+  Generation generation(model, tokenizer, prompt, options, caches);
+  try {
+    return generation.run(on_response);
+  } catch (...) {
+    Generation::end_work();
+    throw;
+  }
 }
 
 }  // namespace mlxlm::gen

@@ -15,6 +15,8 @@ namespace mlxlm::gen {
 
 namespace mx = mlx::core;
 
+struct DraftMemory;  // gen/speculative.h
+
 struct Options {
   int max_tokens = 256;  // -1 = until a stop
   sample::SamplerOptions sampler{};
@@ -27,11 +29,14 @@ struct Options {
   bool want_logprob = false;   // of the chosen token; costs a logsumexp when greedy
   bool want_logprobs = false;  // the whole vector for each token
   std::function<void(int processed, int total)> on_prefill{};
-  const std::atomic<bool>* cancel = nullptr;  // set from a signal handler or another thread
+  int prefill_boundary = 0;                   // a chunk of the prompt ends after so many tokens, if it has more; 0 = none
+  const std::atomic<bool>* cancel = nullptr;  // set from a signal handler or another thread; looked at within a prompt's chunks, too
+  std::vector<int> context{};                 // tokens that the given caches hold: drafts and processors look back into them
   // Speculative decoding: tokens are guessed ahead and checked by the model in one call. What comes out is the model's own choice (greedy)
   // or has its own distribution (sampling).
   model::CausalModel* draft_model = nullptr;  // with the tokens of the model (check_same_vocabulary)
   int draft_tokens = 3;                       // that draft_model guesses at a time; 1 to 256
+  DraftMemory* draft_memory = nullptr;        // what draft_model has read stays here for the next call
   int ngram_draft_tokens = 0;                 // most that are guessed at a time out of the text so far; 0 = off, at most 256
 };
 
@@ -64,7 +69,8 @@ bool prefill(model::CausalModel& model, const std::vector<int>& prompt, const Op
 /** Calls on_response once for each token, the end-of-text token included; the last call has `finish` set and the rest of the text.
  *  When on_response returns false, or `cancel` is set, generation ends with Finish::cancelled. `caches` may be given to continue from (they
  *  then hold every token that was delivered; speculation may replace the objects in them); else fresh ones are made. Returns the last
- * response. Throws Error(bad_request): empty prompt, token out of the vocabulary; Error(out_of_memory) before prefill with both figures. */
+ * response. A prompt that was cancelled leaves in `caches` the tokens that on_prefill told. Throws Error(bad_request): empty prompt, token
+ * out of the vocabulary; Error(out_of_memory) with both figures before prefill, or before the answer outgrows the memory. */
 Response stream_generate(model::CausalModel& model, const text::Tokenizer& tokenizer, const std::vector<int>& prompt,
                          const Options& options, const std::function<bool(const Response&)>& on_response, cache::Caches* caches = nullptr);
 

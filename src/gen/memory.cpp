@@ -7,9 +7,12 @@
 #include <string>
 
 #include <fmt/format.h>
+#include <mlx/device.h>
+#include <mlx/memory.h>
 #include <sys/resource.h>
 
 #include "base/error.h"
+#include "cache/prompt_file.h"
 #include "plan/plan.h"
 
 namespace mlxlm::gen {
@@ -74,6 +77,9 @@ std::optional<int64_t> available_bytes() {
     }
     return value;
   }
+  if (mx::default_device() == mx::Device::gpu) {
+    return std::max<int64_t>(0, static_cast<int64_t>(mx::get_memory_limit()) - static_cast<int64_t>(mx::get_active_memory()));
+  }
   auto free = read_field("/proc/meminfo", "MemAvailable:");
   if (free) *free *= 1024;
   const auto group = cgroup_available();
@@ -130,13 +136,27 @@ int value_bytes(const cache::Caches& caches) {
   return 0;
 }
 
-void check_available(int64_t needed_bytes, int64_t tokens) {
+int64_t check_answer(const arch::Model& model, const cache::Caches& caches, int64_t more_tokens, CacheSizes sizes) {
+  constexpr int64_t ahead_tokens = 64, block_tokens = 256;
+  const int64_t held = cache::prompt_tokens(caches), next = held + more_tokens + ahead_tokens;
+  if (sizes.quantization.bits > 0 && held >= sizes.quantization.start_tokens) {  // nothing is left of floats
+    sizes.quantization.start_tokens = 0;
+    sizes.prefill_step_tokens = 1;
+  }
+  if (cache_bytes(model, next, sizes) > cache::total_bytes(caches)) {
+    const int64_t grown = (std::max(next, held * 3 / 2) + block_tokens - 1) / block_tokens * block_tokens;
+    check_available(cache_bytes(model, grown, sizes), grown, "answer");
+  }
+  return next;
+}
+
+void check_available(int64_t needed_bytes, int64_t tokens, const char* what) {
   const auto free = available_bytes();
   if (!free || needed_bytes <= *free) return;
   throw Error(
-      Code::out_of_memory, "prompt",
-      fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB; wanted a shorter prompt, --kv-bits or a --max-kv-size",
-                  tokens, static_cast<double>(needed_bytes) / 1e9, static_cast<double>(*free) / 1e9));
+      Code::out_of_memory, what,
+      fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB; wanted a shorter {}, --kv-bits or a --max-kv-size",
+                  tokens, static_cast<double>(needed_bytes) / 1e9, static_cast<double>(*free) / 1e9, what));
 }
 
 void check_available_for(const std::string& file, int64_t needed_bytes) {

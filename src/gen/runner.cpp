@@ -31,6 +31,14 @@ void end_evaluation() noexcept {
   }
 }
 
+/** Other steps end soon by themselves. */
+bool is_long(const engine::StepPlan& plan) {
+  constexpr std::size_t many_tokens = 64;
+  std::size_t tokens = 0;
+  for (const auto& row : plan.rows) tokens += row.tokens.size();
+  return tokens >= many_tokens;
+}
+
 /** What a layer that keeps everything keeps for a token; nothing where its memory cannot be had ahead. */
 std::optional<cache::KvShape> shape_of(const cache::Cache& c) {
   const auto* kv = dynamic_cast<const cache::KvCache*>(&c);
@@ -532,6 +540,7 @@ engine::StepResult ModelRunner::run(const engine::StepPlan& plan) {
     if (row.wanted_rows > 0 && chooser.sampling.temperature != 0.f) before.emplace_back(&chooser, chooser.sampler);
   }
   try {
+    const model::StopScope scope(model_, is_long(plan) ? stop_ : nullptr);
     const auto logits = logits_of(plan);
     const auto choices = choose(plan, logits, result);
     std::vector<mx::array> arrays;
@@ -547,6 +556,7 @@ engine::StepResult ModelRunner::run(const engine::StepPlan& plan) {
       }
     }
     mx::eval(arrays);
+    if (stop_ != nullptr && stop_->load(std::memory_order_relaxed)) throw Error(Code::cancelled, "step", "was stopped");
     for (const auto& [i, choice] : choices) read(plan.rows[i], choice, *choosers_.at(plan.rows[i].sequence), result.rows[i]);
   } catch (...) {
     end_evaluation();

@@ -50,6 +50,8 @@ class ModelRunner final : public engine::Runner {
   std::size_t count() const { return held_.size(); }
   /** Bytes of all caches in memory; what several share counts once. */
   int64_t held_bytes() const;
+  /** A step that runs while the flag (null = none) is set throws Error(cancelled), soon on the CPU. */
+  void stop_when(const std::atomic<bool>* flag) { stop_ = flag; }
   /** Whether copies share memory; to measure against copies that do not. */
   void share_memory(bool share) { shares_memory_ = share; }
 
@@ -84,6 +86,7 @@ class ModelRunner final : public engine::Runner {
   std::vector<std::optional<cache::KvShape>> layer_shapes_;  // of layers that keep everything, where memory can be had ahead
   std::map<engine::CacheId, Held> held_;
   bool shares_memory_ = true;
+  const std::atomic<bool>* stop_ = nullptr;
   std::map<engine::SequenceId, std::shared_ptr<Chooser>> choosers_;
   engine::CacheId last_id_ = 0;
 };

@@ -12,6 +12,7 @@
 #include <mlx/transforms.h>
 
 #include "base/error.h"
+#include "cache/prompt_file.h"
 #include "nn/nn.h"
 
 namespace mlxlm::gen {
@@ -81,6 +82,26 @@ void check_same_vocabulary(const text::Tokenizer& target, const text::Tokenizer&
       throw Error(
           Code::bad_request, "draft model",
           fmt::format("token {} is '{}', wanted '{}' as in the model's own vocabulary", id, token.value_or(""), wanted.value_or("")));
+    }
+  }
+}
+
+// ---- Undo -------------------------------------------------------------------------------------------------------------
+
+Undo::Undo(cache::Caches& caches, int tokens, bool wanted) : caches_(caches) {
+  if (!wanted) return;
+  for (const auto& c : caches) {
+    offsets_.push_back(c ? c->offset() : 0);
+    copies_.push_back(!c || c->can_rewind(tokens, false) ? nullptr : c->copy());
+  }
+}
+
+void Undo::back() {
+  for (std::size_t i = 0; i < copies_.size(); ++i) {
+    if (copies_[i]) {
+      caches_[i] = std::move(copies_[i]);
+    } else if (caches_[i] && caches_[i]->offset() > offsets_[i]) {
+      caches_[i]->rewind(caches_[i]->offset() - offsets_[i]);
     }
   }
 }
@@ -226,14 +247,46 @@ Draft NgramDrafter::propose(const std::vector<int>& history, int most) {
 // ---- ModelDrafter ------------------------------------------------------------------------------------------------------
 
 ModelDrafter::ModelDrafter(model::CausalModel& model, int vocab, int max_kv_size_tokens, int prefill_step_tokens, sample::Sampler& sampler,
-                           const sample::ProcessorOptions& processors)
+                           const sample::ProcessorOptions& processors, DraftMemory* memory)
     : model_(model),
       vocab_(vocab),
       prefill_step_tokens_(prefill_step_tokens),
       sampler_(sampler),
       processors_(processors),
-      caches_(cache::make_caches(model.description(), max_kv_size_tokens)),
-      trail_(model, caches_) {}
+      max_kv_size_tokens_(max_kv_size_tokens),
+      memory_(memory ? *memory : own_memory_),
+      caches_(memory_.caches),
+      trail_(model, caches_),
+      held_(memory_.held),
+      held_surely_(held_.size()) {
+  if (caches_.empty()) caches_ = cache::make_caches(model.description(), max_kv_size_tokens);
+}
+
+ModelDrafter::~ModelDrafter() {
+  if (!finished_) memory_ = {};
+}
+
+void ModelDrafter::finish() {
+  if (held_.size() > held_surely_) trail_.back_to(0);
+  held_.resize(held_surely_);
+  trail_.settle();
+  evaluate_state(caches_);
+  finished_ = true;
+}
+
+/** What was read earlier stays as far as `history` begins with it. */
+void ModelDrafter::keep_common(const std::vector<int>& history) {
+  const auto most = std::min(held_.size(), history.size() - 1);
+  const auto end = held_.begin() + static_cast<std::ptrdiff_t>(most);
+  auto same = static_cast<std::size_t>(std::mismatch(held_.begin(), end, history.begin()).first - held_.begin());
+  const auto surplus = static_cast<int>(held_.size() - same);
+  if (surplus > 0 && cache::trim(caches_, surplus) != surplus) {
+    caches_ = cache::make_caches(model_.description(), max_kv_size_tokens_);
+    same = 0;
+  }
+  held_.resize(same);
+  held_surely_ = same;
+}
 
 /** Tokens that only the target has become the last one: a draft may be wrong, but must not read outside the embedding. */
 std::vector<int> ModelDrafter::own_tokens(const std::vector<int>& tokens) const {
@@ -254,11 +307,15 @@ std::vector<int> ModelDrafter::rejoin(const std::vector<int>& history) {
 }
 
 /** Reads up to the history's end, but for the last `left` tokens. */
-void ModelDrafter::catch_up(const std::vector<int>& unread, std::size_t left, const std::function<bool()>& cancelled) {
+void ModelDrafter::catch_up(const std::vector<int>& unread, std::size_t left, const std::atomic<bool>* cancel) {
+  const auto cancelled = [&] { return cancel != nullptr && cancel->load(std::memory_order_relaxed); };
+  const model::StopScope scope(model_, cancel);
   for (std::size_t from = 0; unread.size() - from > left && !cancelled();) {
     const std::size_t to = std::min(unread.size() - (left > 0 ? 1 : 0), from + prefill_step_tokens_);
     const std::vector<int> chunk(unread.begin() + static_cast<std::ptrdiff_t>(from), unread.begin() + static_cast<std::ptrdiff_t>(to));
+    Undo undo(caches_, static_cast<int>(chunk.size()), cancel != nullptr);
     mx::eval(trail_.run(own_tokens(chunk), 0));
+    if (cancelled()) return undo.back();
     held_.insert(held_.end(), chunk.begin(), chunk.end());
     held_surely_ = held_.size();
     evaluate_state(caches_);
@@ -267,8 +324,9 @@ void ModelDrafter::catch_up(const std::vector<int>& unread, std::size_t left, co
   }
 }
 
-void ModelDrafter::read(const std::vector<int>& prompt, const std::function<bool()>& cancelled) {
-  catch_up(rejoin(prompt), 0, cancelled);
+void ModelDrafter::read(const std::vector<int>& history, const std::atomic<bool>* cancel) {
+  keep_common(history);
+  catch_up(rejoin(history), 0, cancel);
 }
 
 /** Logits [1, V'] as the sampler wants them, over the target's vocabulary. */
@@ -309,7 +367,7 @@ std::vector<Draft> ModelDrafter::propose_together(const std::vector<Wanted>& wan
     auto unread = own.rejoin(*w.history);
     const auto step = static_cast<std::size_t>(own.prefill_step_tokens_);
     if (unread.size() > step) {
-      own.catch_up(unread, step, [] { return false; });
+      own.catch_up(unread, step, nullptr);
       unread.assign(w.history->begin() + static_cast<std::ptrdiff_t>(own.held_.size()), w.history->end());
     }
     drawings.push_back({&w, std::move(unread), *w.history});

@@ -1,6 +1,7 @@
 // Tokens guessed ahead, by a smaller model or out of the text so far, and caches that can go back when a guess was wrong.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -20,6 +21,19 @@ void evaluate_state(const cache::Caches& caches);
 
 /** Throws Error(bad_request) when the tokens of the two are not the same, which drafts need. */
 void check_same_vocabulary(const text::Tokenizer& target, const text::Tokenizer& draft);
+
+/** The caches of a sequence as they are before a call that may have to count for nothing. */
+class Undo {
+ public:
+  /** `tokens` are about to come; unless `wanted`, nothing is kept. */
+  Undo(cache::Caches& caches, int tokens, bool wanted);
+  void back();
+
+ private:
+  cache::Caches& caches_;
+  std::vector<int> offsets_{};
+  std::vector<cache::CachePtr> copies_{};  // of those that cannot rewind
+};
 
 /** A model and the caches of one sequence, from which the latest tokens can be taken back: where a cache cannot forget (recurrent states,
  * full windows) a copy from before takes its place, and the tokens that stay run again as the beginning of the next call. */
@@ -63,10 +77,12 @@ struct Draft {
 class Drafter {
  public:
   virtual ~Drafter() = default;
-  /** What may be done ahead of the first draft. `cancelled` is asked between chunks. */
-  virtual void read(const std::vector<int>& /*prompt*/, const std::function<bool()>& /*cancelled*/) {}
+  /** What may be done ahead of the first draft; ends early when `cancel` (or null) is set. */
+  virtual void read(const std::vector<int>& /*history*/, const std::atomic<bool>* /*cancel*/) {}
   /** Tokens that may follow `history` (prompt and answer so far), at most `most` (1 or more), or none. */
   virtual Draft propose(const std::vector<int>& history, int most) = 0;
+  /** No more drafts come; what was guessed and not taken is forgotten. */
+  virtual void finish() {}
 };
 
 /** Finds where the text so far ended as it ends now, the longest and then the latest such place, and drafts what came next there.
@@ -89,14 +105,23 @@ class NgramDrafter final : public Drafter {
   int misses_ = 0, rest_ = 0;                 // drafts in a row of which nothing was right; calls to come without one
 };
 
+/** What a draft model has read: the next call over a text that begins alike goes on from there. */
+struct DraftMemory {
+  cache::Caches caches{};
+  std::vector<int> held{};  // tokens in the caches
+};
+
 /** Runs a smaller model ahead. Draws with the request's sampler and processors, so that its choices are the target's as often as can be. */
 class ModelDrafter final : public Drafter {
  public:
-  /** `vocab` is the target's: models that share a tokenizer pad it differently. */
+  /** `vocab` is the target's: models that share a tokenizer pad it differently. `memory` may hold what an earlier drafter has read. */
   ModelDrafter(model::CausalModel& model, int vocab, int max_kv_size_tokens, int prefill_step_tokens, sample::Sampler& sampler,
-               const sample::ProcessorOptions& processors);
-  void read(const std::vector<int>& prompt, const std::function<bool()>& cancelled) override;
+               const sample::ProcessorOptions& processors, DraftMemory* memory = nullptr);
+  /** A memory that did not come to finish() is emptied. */
+  ~ModelDrafter() override;
+  void read(const std::vector<int>& history, const std::atomic<bool>* cancel) override;
   Draft propose(const std::vector<int>& history, int most) override;
+  void finish() override;
 
   struct Wanted {
     ModelDrafter* drafter;
@@ -110,7 +135,8 @@ class ModelDrafter final : public Drafter {
   struct Drawing;
   std::vector<int> rejoin(const std::vector<int>& history);
   void draw(const mx::array& logits, Drawing& drawing);
-  void catch_up(const std::vector<int>& unread, std::size_t left, const std::function<bool()>& cancelled);
+  void keep_common(const std::vector<int>& history);
+  void catch_up(const std::vector<int>& unread, std::size_t left, const std::atomic<bool>* cancel);
   mx::array scores(mx::array logits, const std::vector<int>& history) const;
   std::vector<int> own_tokens(const std::vector<int>& tokens) const;
 
@@ -118,10 +144,14 @@ class ModelDrafter final : public Drafter {
   int vocab_, prefill_step_tokens_;
   sample::Sampler& sampler_;
   const sample::ProcessorOptions& processors_;
-  cache::Caches caches_;
+  int max_kv_size_tokens_;
+  DraftMemory own_memory_;
+  DraftMemory& memory_;
+  cache::Caches& caches_;
   Trail trail_;
-  std::vector<int> held_;        // tokens in the caches
+  std::vector<int>& held_;       // tokens in the caches
   std::size_t held_surely_ = 0;  // of them: no draft
+  bool finished_ = false;
 };
 
 }  // namespace mlxlm::gen

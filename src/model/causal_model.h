@@ -1,6 +1,7 @@
 // A callable language model: description + weights.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -45,6 +46,29 @@ class CausalModel {
   virtual const char* executor() const = 0;
   /** Bytes of all parameters as they lie in memory. */
   virtual int64_t weight_bytes() const = 0;
+  /** Bytes of a number among the keys and values that it keeps. */
+  virtual int cache_value_bytes() const { return 2; }
+
+ protected:
+  const std::atomic<bool>* stop() const { return stop_; }
+
+ private:
+  friend class StopScope;
+  const std::atomic<bool>* stop_ = nullptr;
+};
+
+/** While it lives, calls of run() on the CPU look at the flag (null = none) between two ops, also when they are evaluated later. A call
+ * that finds it set ends at once: its logits are zeros, and what its caches got is worthless. The graph executor waits for each op. */
+class StopScope {
+ public:
+  StopScope(CausalModel& model, const std::atomic<bool>* flag) : model_(model), before_(model.stop_) { model.stop_ = flag; }
+  ~StopScope() { model_.stop_ = before_; }
+  StopScope(const StopScope&) = delete;
+  StopScope& operator=(const StopScope&) = delete;
+
+ private:
+  CausalModel& model_;
+  const std::atomic<bool>* before_;
 };
 
 /** Throws Error(internal) when a caller's segments contradict each other, the tokens or the number of caches that a sequence has. */

@@ -31,11 +31,13 @@ void copy_rows(const mx::array& from, mx::array& to, const std::vector<cache::Wr
 
 }  // namespace
 
-void Program::run(const std::vector<mx::array>& in, const std::vector<Sequence>& sequences, std::vector<mx::array>& out) {
+void Program::run(const std::vector<mx::array>& in, const std::vector<Sequence>& sequences, std::vector<mx::array>& out,
+                  const std::atomic<bool>* stop) {
   const int* tokens = in[0].data<int>();
   auto& logits = out[0];
   in_ = &in;
   out_ = &out;
+  stop_ = stop;
   for (const auto& s : sequences) {
     for (const auto& memory : s.memories) {
       if (memory && memory->quantized && !memory->quantized->copies.empty()) {
@@ -55,7 +57,7 @@ void Program::run(const std::vector<mx::array>& in, const std::vector<Sequence>&
   Chunk chunk;
   const auto flush = [&] {
     if (chunk.tokens == 0) return;
-    run_chunk(tokens + at, sequences, chunk, logits, row);
+    if (!stopped()) run_chunk(tokens + at, sequences, chunk, logits, row);
     at += chunk.tokens;
     chunk = {};
   };
@@ -69,6 +71,8 @@ void Program::run(const std::vector<mx::array>& in, const std::vector<Sequence>&
     }
   }
   flush();
+  if (!stopped()) return;
+  for (auto& o : out) std::memset(o.data<uint8_t>(), 0, o.nbytes());
 }
 
 /** A row of queries with their gates, keys and values becomes one of queries, keys, values and gates. */
@@ -216,6 +220,7 @@ class FusedModel final : public CausalModel {
 
   mx::array run(const mx::array& tokens, const std::vector<Segment>& segments) override {
     check_segments(tokens, segments, program_->caches);
+    const StopScope scope(*graph_, stop());
     if (chunks_.cross(segments)) return chunks_.run(*this, tokens, segments);
     if (!served(segments)) return apart(tokens, segments);
     std::vector<Sequence> sequences;
@@ -225,8 +230,9 @@ class FusedModel final : public CausalModel {
       plan_states(segment, sequences.back(), outputs);
       outputs.shapes[0][0] += segment.wanted_rows;
     }
-    const auto made = cpu::make_kernels("Step", outputs.shapes, outputs.dtypes, outputs.inputs,
-                                        [program = program_, sequences](const auto& in, auto& out) { program->run(in, sequences, out); });
+    const auto made = cpu::make_kernels(
+        "Step", outputs.shapes, outputs.dtypes, outputs.inputs,
+        [program = program_, sequences, stop = stop()](const auto& in, auto& out) { program->run(in, sequences, out, stop); });
     const auto& logits = made[0];
     for (std::size_t i = 0; i < segments.size(); ++i) set_states(segments[i], sequences[i], made);
     for (const auto& segment : segments) {
@@ -239,6 +245,7 @@ class FusedModel final : public CausalModel {
   const arch::Model& description() const override { return graph_->description(); }
   const char* executor() const override { return "fused"; }
   int64_t weight_bytes() const override { return graph_->weight_bytes(); }
+  int cache_value_bytes() const override { return graph_->cache_value_bytes(); }
 
  private:
   /** What a step reads and makes beside what lies in attention's caches. */

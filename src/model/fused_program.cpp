@@ -60,6 +60,7 @@ void Program::run_chunk(const int* tokens, const std::vector<Sequence>& sequence
   float *y = y_.get(int64_t(rows) * width), *more = nullptr;
   for (const auto& step : steps) {
     for (std::size_t i = 0; i < step.ops.size(); ++i) {
+      if (stopped()) return;
       if (i > 0) more = more_.get(int64_t(rows) * width);
       float* out = i == 0 ? y : more;
       run_op(step.ops[i], step, sequences, chunk, out);

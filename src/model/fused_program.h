@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <optional>
 #include <variant>
@@ -151,8 +152,9 @@ class Program {
   int width = 0, vocab = 0, caches = 0;  // caches: of a sequence
   mx::Dtype dtype = mx::float32;
 
-  /** in: tokens, then states; out: logits, then states. */
-  void run(const std::vector<mx::array>& in, const std::vector<Sequence>& sequences, std::vector<mx::array>& out);
+  /** in: tokens, then states; out: logits, then states; all zeros once `stop` (or null) was found to be set. */
+  void run(const std::vector<mx::array>& in, const std::vector<Sequence>& sequences, std::vector<mx::array>& out,
+           const std::atomic<bool>* stop);
 
  private:
   struct Chunk {
@@ -193,7 +195,9 @@ class Program {
     std::memcpy(to, x, width * sizeof(float));
   }
   bool exact() const { return dtype == mx::float32; }
+  bool stopped() const { return stop_ != nullptr && stop_->load(std::memory_order_relaxed); }
 
+  const std::atomic<bool>* stop_ = nullptr;  // of the run at hand
   float* x_ = nullptr;
   const std::vector<mx::array>* in_ = nullptr;
   std::vector<mx::array>* out_ = nullptr;

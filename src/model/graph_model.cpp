@@ -1,6 +1,7 @@
 // The graph executor: a description and its weights as MLX operations.
 #include <cmath>
 
+#include <mlx/device.h>
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
@@ -80,8 +81,14 @@ class GraphModel final : public CausalModel {
       const auto scale = mx::array(description_.embed_scale);
       x = mx::multiply(x, mx::astype(description_.embed_scale_bf16 ? mx::astype(scale, mx::bfloat16) : scale, dtype_));
     }
+    const auto* stop = mx::default_device() == mx::Device::cpu ? this->stop() : nullptr;
     for (auto& layer : layers_) {
-      for (auto& step : layer) x = run_step(step, x, segments);
+      for (auto& step : layer) {
+        x = run_step(step, x, segments);
+        if (stop == nullptr) continue;
+        mx::eval(x);
+        if (stop->load(std::memory_order_relaxed)) return no_logits(segments);
+      }
     }
     x = wanted_rows(mx::squeeze(x, 0), segments);
     auto logits = (*head_)((*final_norm_)(x));
@@ -97,8 +104,16 @@ class GraphModel final : public CausalModel {
   const char* executor() const override { return "graph"; }
   FusedParts take_parts() { return {std::move(made_), dtype_, embed_, head_}; }
   int64_t weight_bytes() const override { return bytes_; }
+  int cache_value_bytes() const override { return static_cast<int>(mx::size_of(dtype_)); }
 
  private:
+  /** Of a call that was stopped. */
+  mx::array no_logits(const std::vector<Segment>& segments) const {
+    int rows = 0;
+    for (const auto& segment : segments) rows += segment.wanted_rows;
+    return mx::zeros({rows, description_.vocab}, dtype_);
+  }
+
   /** The embedding's own dtype, or that of its scales; float scales of 8-bit floats leave the final norm's. */
   mx::Dtype activation_dtype(const Store& store, const std::string& embed) const {
     const auto dtype_of = [&](const std::string& name) { return store.has(name) ? std::optional(store.peek(name).dtype()) : std::nullopt; };

@@ -14,7 +14,7 @@ import time
 from array import array
 
 import pytest
-from tiny_model import CONFIG, IM_END, PROGRAM, Tensor, environment, fails, random_weights, run, write_model
+from tiny_model import CONFIG, IM_END, PROGRAM, Tensor, environment, fails, random_weights, run, write_adapter, write_described, write_model
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,82 @@ def test_error_keeps_the_conversation(model, tmp_path):
     )
     assert result.returncode == 1 and "GB" in result.stderr and "available" in result.stderr
     assert contents(json.loads(file.read_text()), "user") == ["hello", "more"]
+
+
+# MLX throws a std::runtime_error where memory ends; the size is that of the keys of 6144 tokens.
+NO_MEMORY = """
+#include <stddef.h>
+extern void* __libc_malloc(size_t);
+void* malloc(size_t size) { return size > 1536000 && size < 1600000 ? NULL : __libc_malloc(size); }
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("cc"), reason="wants LD_PRELOAD and a compiler")
+def test_memory_that_ends_keeps_the_conversation(tmp_path):
+    config = CONFIG | {"num_key_value_heads": 4}
+    model, file = write_model(tmp_path / "m", config, random_weights(config)), tmp_path / "t.json"
+    (tmp_path / "none.c").write_text(NO_MEMORY)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "none.so", tmp_path / "none.c"], check=True)
+    args = [PROGRAM, "chat", "--model", str(model), "-m", "4", "--prefill-step-size", "8192"]
+    result = subprocess.run(
+        args,
+        input=f"hello\n{'x' * 6000}\nmore\n/save {file}\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(LD_PRELOAD=str(tmp_path / "none.so")),
+        check=False,
+    )
+    assert result.returncode == 1 and "error: memory: " in result.stderr, result.stderr
+    assert contents(json.loads(file.read_text()), "user") == ["hello", "more"]
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "gemma3_text", "llama4", "falcon_h1"])
+def test_caches_that_cannot_go_back_keep_the_earlier_turns(tmp_path, name):
+    """A template that shows only a part of what was said, as those do that leave out what a model thought."""
+    strips = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.role == 'user' else m.content[:1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    model = write_described(tmp_path / "m", name)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": strips}))
+    lines = [f"message {i} " + "of some length " * 3 for i in range(4)]
+    messages = talk(model, tmp_path, "\n".join(lines), "--stats", tokens=12)
+    result = piped(model, "\n".join(lines), "--stats", tokens=12)
+    kept = [int(k) for k in re.findall(r"and (\d+) kept", result.stderr.decode())]
+    first = len("<" + "user\n" + lines[0])
+    assert len(kept) == 3 and kept[0] >= first and kept[1] >= 2 * first and kept[2] >= 3 * first, result.stderr
+    (tmp_path / "three.json").write_text(json.dumps(messages[:6]))
+    assert talk(model, tmp_path, f"/load {tmp_path / 'three.json'}\n{lines[3]}", tokens=12) == messages
+    back = f"{lines[0]}\n{lines[1]}\nr\n{lines[0]}\n{lines[1]}"
+    assert talk(model, tmp_path, back, tokens=12) == messages[:4]
+
+
+def test_adapter(model, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", model)
+    adapted = talk(model, tmp_path, "hello", "--adapter-path", adapter, tokens=20)
+    assert adapted != talk(model, tmp_path, "hello", tokens=20)
+    result = run("generate", "--model", model, "--adapter-path", adapter, "--json", "-p", "hello", "-m", 20)
+    assert contents(adapted, "assistant") == [json.loads(result.stdout)["text"]]
+
+
+def test_statistics_from_a_pipe(model):
+    result = piped(model, "hello\nmore\n", "--stats")
+    plain = piped(model, "hello\nmore\n")
+    assert result.returncode == 0 and result.stdout == plain.stdout and plain.stderr == b""
+    lines = result.stderr.decode().splitlines()
+    assert len(lines) == 2 and all(re.match(r"\[prompt \d+ tokens.*answer \d+ tokens, [\d.]+/s", line) for line in lines), lines
+
+
+def test_statistics_on_a_terminal_beside_the_pipe(model):
+    ours, theirs = pty.openpty()
+    args = [PROGRAM, "chat", "--model", str(model), "-m", "4"]
+    result = subprocess.run(args, input=b"hello\n", stdout=subprocess.PIPE, stderr=theirs, timeout=60, env=environment(), check=False)
+    os.close(theirs)
+    assert result.returncode == 0 and b"tokens" not in result.stdout
+    assert b"answer 4 tokens" in os.read(ours, 65536)
+    os.close(ours)
 
 
 def test_seed(model, tmp_path):
@@ -398,6 +474,50 @@ def test_terminal_interrupt_stops_the_answer(endless, tmp_path, term):
         t.expect(b">> ")
         t.send("\x04")
         assert t.status() == 0
+
+
+def test_terminal_interrupt_stops_a_long_prompt(model, tmp_path):
+    (tmp_path / "long.json").write_text(json.dumps([{"role": "user", "content": "x" * 60000}, {"role": "assistant", "content": "y"}]))
+    with Terminal(model, tmp_path, "-m", 4, "--prefill-step-size", 100000, term="dumb") as t:
+        t.send(f"/load {tmp_path}/long.json\n")
+        t.expect(b"Loaded 2 messages.*>> ")
+        t.send("hello\n")
+        t.expect(b"hello")
+        time.sleep(0.7)
+        begin = time.monotonic()
+        t.send("\x03")
+        t.expect(b"stopped before the answer", timeout=60)
+        assert time.monotonic() - begin < 1.5
+        t.expect(b">> ")
+        t.send("r\n")
+        t.expect(b"forgotten.*>> ")
+        t.send("hello\n")
+        t.expect(TURN_END)
+        t.send("\x04")
+        assert t.status() == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "batch_generate", "cache_prompt"])
+def test_interrupt_stops_a_long_prompt(model, tmp_path, command):
+    text = "x" * 60000
+    (tmp_path / "prompts").write_text(json.dumps({"prompt": text}) + "\n")
+    args = {
+        "generate": ["-p", "-", "--prefill-step-size", 100000],
+        "batch_generate": ["--prompts", tmp_path / "prompts", "--prefill-step-size", 100000],
+        "cache_prompt": ["--prompt", "-", "--prompt-cache-file", tmp_path / "c.safetensors"],
+    }[command]
+    args = [PROGRAM, command, "--model", str(model), *map(str, args)]
+    with subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        if command != "batch_generate":
+            process.stdin.write(text.encode())
+        process.stdin.close()
+        process.stdin = None
+        time.sleep(2)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert time.monotonic() - begin < 1.5 and process.returncode == 130, err
+    assert not (tmp_path / "c.safetensors").exists()
 
 
 def test_terminal_interrupt_clears_the_line(model, tmp_path, term):

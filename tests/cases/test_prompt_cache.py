@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_model import IM_END, IM_START, environment, fails, run, write_described, write_model
+from tiny_model import IM_END, IM_START, environment, fails, run, write_adapter, write_described, write_model
 
 ONE_HEAD_OF_32 = {"num_attention_heads": 2, "num_key_value_heads": 1}
 BEGINNING, END = "Once upon a time there was a cache. ", "It was quantized"
@@ -86,6 +86,39 @@ def test_bounded(model, tmp_path):
     make_cache(model, file, "--max-kv-size", 16)
     assert metadata(file)["1.0"] == "RotatingKVCache"
     assert tokens("--prompt-cache-file", file, "-p", END)
+
+
+def test_eos_token_of_the_file(model, tmp_path):
+    """It is kept in the file, and ends the answers to it."""
+    file = tmp_path / "c.safetensors"
+    make_cache(model, file)
+    whole = tokens("--prompt-cache-file", file, "-p", END)
+    last = next(t for t in whole[2:] if t < IM_START and t not in whole[:2])
+    names = {i: c for c, i in json.loads((model / "tokenizer.json").read_text())["model"]["vocab"].items()}
+    make_cache(model, file, "--eos-token", names[last])
+    assert json.loads(metadata(file)["0.tokenizer_config"])["eos_token"] == names[last]
+    assert tokens("--prompt-cache-file", file, "-p", END) == whole[: whole.index(last)]
+    fails("cache_prompt", "--model", model, "--prompt-cache-file", file, "--prompt", "x", "--eos-token", "no such", says="no such")
+
+
+def test_adapter(model, tmp_path):
+    adapter, file = write_adapter(tmp_path / "adapter", model), tmp_path / "c.safetensors"
+    make_cache(model, file, "--adapter-path", adapter)
+    adapted = tokens("--prompt-cache-file", file, "-p", END, "--adapter-path", adapter)
+    assert adapted == tokens("--model", model, "-p", BEGINNING + END, "--adapter-path", adapter)
+    assert adapted != tokens("--prompt-cache-file", file, "-p", END)  # keys of the one, weights of the other
+    make_cache(model, file)
+    assert adapted != tokens("--prompt-cache-file", file, "-p", END)
+
+
+def test_mlx_model_is_the_default(tmp_path):
+    model = write_model(tmp_path / "mlx_model", ONE_HEAD_OF_32)
+    arguments = ["cache_prompt", "--prompt-cache-file", "c.safetensors", "--prompt", BEGINNING]
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert metadata(tmp_path / "c.safetensors")["0.model"] == "mlx_model"
+    result = run("generate", "--json", "-m", 12, "--prompt-cache-file", "c.safetensors", "-p", END, cwd=tmp_path)
+    assert json.loads(result.stdout)["tokens"] == tokens("--model", model, "-p", BEGINNING + END)
 
 
 def test_bad_input(model, tmp_path):

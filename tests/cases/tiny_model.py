@@ -134,7 +134,7 @@ def write_described(folder, name, **changes):
         if kind != "tensor":
             continue
         shape = [int(d) for d in dims]
-        if tensor.endswith(("embed_tokens.weight", "lm_head.weight")):
+        if tensor.endswith(("embed_tokens.weight", "embeddings.weight", "lm_head.weight")):
             assert shape[0] == old
             shape[0] = VOCAB
         scale = 1.0 if "embed" in tensor else shape[-1] ** -0.5
@@ -180,14 +180,39 @@ def write_model(folder, config=None, weights=None, chat_template=CHAT_TEMPLATE, 
     return folder
 
 
+def write_adapter(folder, model, rank=2):
+    """A LoRA of the first layer's queries and the last one's output, of numbers that change every answer."""
+    rng = random.Random(2)
+    weights = read_safetensors(Path(model) / "model.safetensors")
+    layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
+    tensors = {}
+    for path in ("model.layers.0.self_attn.q_proj", f"model.layers.{layers - 1}.mlp.down_proj"):
+        rows, columns = weights[path + ".weight"].shape
+        for name, shape in (("lora_a", (columns, rank)), ("lora_b", (rank, rows))):
+            tensors[f"{path}.{name}"] = Tensor(shape, array("f", (rng.gauss(0, 1) for _ in range(prod(shape)))))
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    parameters = {"rank": rank, "scale": 8.0, "dropout": 0.0}
+    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}))
+    write_safetensors(folder / "adapters.safetensors", tensors)
+    return folder
+
+
 def environment(**more):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MLXLM_")) and not k.lower().endswith("_proxy")}
     return env | {"HF_HUB_OFFLINE": "1"} | more
 
 
-def run(*args, env=None, stdin=None, timeout=120):
+def run(*args, env=None, stdin=None, timeout=120, cwd=None):
     return subprocess.run(
-        [PROGRAM, *map(str, args)], input=stdin, capture_output=True, text=True, timeout=timeout, env=env or environment(), check=False
+        [PROGRAM, *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env or environment(),
+        cwd=cwd,
+        check=False,
     )
 
 

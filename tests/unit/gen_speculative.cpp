@@ -275,6 +275,75 @@ TEST(Speculative, RefusesWhatItCannotDo) {
   EXPECT_NO_THROW(gen::check_same_vocabulary(tokenizer(), byte_tokenizer()));
 }
 
+// ---- several calls over one cache ----------------------------------------------------------------------------------------
+
+/** Counts the tokens that it reads. */
+class Counting final : public model::CausalModel {
+ public:
+  explicit Counting(model::CausalModel& model) : model_(model) {}
+  mx::array run(const mx::array& tokens, const std::vector<model::Segment>& segments) override {
+    read += tokens.shape(0);
+    return model_.run(tokens, segments);
+  }
+  const arch::Model& description() const override { return model_.description(); }
+  const char* executor() const override { return model_.executor(); }
+  int64_t weight_bytes() const override { return 0; }
+  int cache_value_bytes() const override { return model_.cache_value_bytes(); }
+  int read = 0;
+
+ private:
+  model::CausalModel& model_;
+};
+
+TEST(SeveralCalls, NgramsAreFoundInWhatTheCachesHold) {
+  const auto model = tiny_model("llama.f32");
+  const Tokens context{1, 2, 3, 9, 50, 50, 4, 5}, prompt{6, 9};
+  Options options{.max_tokens = 3, .ignore_eos = true, .ngram_draft_tokens = 8};
+  options.processors.logit_bias = {{50, 1000.f}};  // says nothing else
+  const auto ask = [&](const Tokens& known) {
+    cache::Caches caches;
+    EXPECT_TRUE(gen::prefill(*model, context, {}, caches));
+    options.context = known;
+    const auto got = generate(*model, prompt, options, &caches);
+    EXPECT_EQ(got.tokens, Tokens({50, 50, 50}));
+    return got.last.accepted_tokens;
+  };
+  EXPECT_EQ(ask({}), 0);
+  EXPECT_EQ(ask(context), 1);
+}
+
+TEST(SeveralCalls, ADraftModelReadsOnlyWhatIsNew) {
+  for (const std::string name : {"llama.f32", "nemotron_h.f32", "gemma3_text.f32"}) {
+    SCOPED_TRACE(name);
+    const auto model = tiny_model(name), other = tiny_model(name, 1);
+    Counting draft(*other);
+    gen::DraftMemory memory;
+    cache::Caches caches, plain_caches;
+    Options options{.max_tokens = 10, .ignore_eos = true, .draft_model = &draft, .draft_tokens = 3, .draft_memory = &memory};
+    Tokens held;
+    for (int turn = 0; turn < 4; ++turn) {
+      Tokens prompt;
+      for (int i = 0; i < 40; ++i) prompt.push_back((i * 13 + turn * 29 + i * i) % 100);
+      draft.read = 0;
+      options.context = held;
+      const auto got = generate(*model, prompt, options, &caches);
+      EXPECT_EQ(got.tokens, generate(*model, prompt, {.max_tokens = 10, .ignore_eos = true}, &plain_caches).tokens);
+      EXPECT_LE(draft.read, 10 + 40 + 10 * 5 + 10 * 5);
+      held.insert(held.end(), prompt.begin(), prompt.end());
+      held.insert(held.end(), got.tokens.begin(), got.tokens.end());
+      EXPECT_LE(memory.held.size(), held.size());
+      EXPECT_GE(memory.held.size() + 4, held.size());
+      EXPECT_TRUE(std::equal(memory.held.begin(), memory.held.end(), held.begin()));
+    }
+    // Another beginning: nothing of it may stay.
+    cache::Caches fresh, plain;
+    options.context.clear();
+    EXPECT_EQ(generate(*model, {7, 8, 9, 10}, options, &fresh).tokens,
+              generate(*model, {7, 8, 9, 10}, {.max_tokens = 10, .ignore_eos = true}, &plain).tokens);
+    EXPECT_EQ(memory.held.front(), 7);
+  }
+}
+
 // ---- the distribution ----------------------------------------------------------------------------------------------------
 
 constexpr int kSmall = 6;

@@ -6,13 +6,13 @@
 #include <utility>
 #include <vector>
 
-#include <mlx/allocator.h>
 #include <mlx/array.h>
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/primitives.h>
 #include <mlx/utils.h>
 
 #include "base/error.h"
+#include "kernels/cpu/memory.h"
 
 namespace mlxlm::kernels::cpu {
 
@@ -31,7 +31,7 @@ class FunctionPrimitive final : public mx::Primitive {
     if (share_first_) {
       outputs[0].copy_shared_buffer(inputs[0]);
     } else {
-      for (auto& out : outputs) out.set_data(mx::allocator::malloc(out.nbytes()));
+      for (auto& out : outputs) out.set_data(allocate(out.nbytes()));
     }
     std::vector<mx::array> in, out;
     for (const auto& a : inputs) in.push_back(mx::array::unsafe_weak_copy(a));
