@@ -195,8 +195,9 @@ int64_t ModelRunner::growth_bytes(engine::CacheId cache, std::optional<int> copi
     const int64_t limit = attention != nullptr ? attention->max_size() : 0;
     const auto alone = layer_bytes(i, tokens, limit, o);
     const auto* kv = attention != nullptr ? dynamic_cast<const cache::KvCache*>(&attention->inner()) : nullptr;
-    const int shared =
-        kv == nullptr ? 0 : copied ? std::max(0, kv->offset() - cut) / cache::shared_block_rows * cache::shared_block_rows : kv->shared_rows();
+    const int shared = kv == nullptr ? 0
+                       : copied      ? std::max(0, kv->offset() - cut) / cache::shared_block_rows * cache::shared_block_rows
+                                     : kv->shared_rows();
     const int64_t now = h.caches[i] ? h.caches[i]->bytes() : 0;
     if (shared == 0) {
       bytes += std::max(alone, now);
