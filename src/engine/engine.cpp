@@ -83,7 +83,7 @@ Engine::~Engine() {
 
 void Engine::save_prefixes() {
   if (store_ == nullptr) return;
-  for (const auto& [entry, tokens] : prefixes_.contents(0)) store_->save(entry.cache, tokens);
+  for (const auto& held : prefixes_.contents()) store_->save(held.entry.cache, held.tokens, held.space);
 }
 
 Engine::Sequence* Engine::find(SequenceId id) const {
@@ -144,6 +144,7 @@ SequenceId Engine::submit(Request request) {
     q->cache_options = cache_options(request);
     q->fixed_chunks = q->cache_options.kv_bits > 0 && runner_.chunks_show(q->cache_options);
     q->request = std::move(request);
+    if (q->unknown_tokens > 0) check_room_for(*q);
     runner_.begin(q->id, q->request.sampling, q->request.mask, q->request.drafts);
   } catch (...) {
     const auto given = q->cache != 0 ? q->cache : request.cache;
@@ -151,9 +152,28 @@ SequenceId Engine::submit(Request request) {
     throw;
   }
   const auto id = ++last_id_;
+  hold_brought_cache(*q);
   waiting_.push_back(id);
   sequences_.emplace(id, std::move(q));
   return id;
+}
+
+/** Of a cache that cannot give way while it waits. */
+void Engine::check_room_for(const Sequence& q) {
+  const auto bytes = runner_.info(q.cache).bytes;
+  if (make_room(bytes)) return;
+  throw Error(Code::out_of_memory, "cache",
+              fmt::format("takes {:.3f} GB, available are {:.3f} GB, and it cannot be computed again later: its tokens are not known",
+                          static_cast<double>(bytes) / 1e9, static_cast<double>(limits_.memory_bytes - reserved_bytes_) / 1e9));
+}
+
+/** A cache takes its memory from the moment it is brought. */
+void Engine::hold_brought_cache(Sequence& q) {
+  if (q.cache == 0) return;
+  const auto bytes = runner_.info(q.cache).bytes;
+  if (!make_room(bytes)) return drop_cache(q);
+  q.reserved_bytes = bytes;
+  reserved_bytes_ += bytes;
 }
 
 Event Engine::event(const Sequence& q) const {
@@ -204,7 +224,8 @@ void Engine::retire(Sequence& q, Event last) {
     if (q.request.keep_cache) {
       last.cache = std::exchange(q.cache, 0);
       last.cache_tokens = std::move(held);
-    } else if (q.request.use_prefix_cache && limits_.prefix_cache_bytes > 0 && q.running && !q.overflows(held.size())) {
+    } else if (q.request.use_prefix_cache && q.request.store_at_end && limits_.prefix_cache_bytes > 0 && q.running && !q.fixed_chunks &&
+               !q.overflows(held.size())) {
       const auto info = runner_.info(q.cache);
       const auto cache = std::exchange(q.cache, 0);
       reserved_bytes_ -= q.reserved_bytes;
@@ -320,18 +341,24 @@ void Engine::store_at_boundary(Sequence& q) {
   const auto& at = q.request.boundaries;
   bool here = false;
   while (q.next_boundary < at.size() && at[q.next_boundary] <= q.computed_tokens) here |= at[q.next_boundary++] == q.computed_tokens;
-  if (!here || !q.request.use_prefix_cache || limits_.prefix_cache_bytes == 0 || q.overflows(q.computed_tokens)) return;
+  if (!here || !q.request.use_prefix_cache || limits_.prefix_cache_bytes == 0 || q.fixed_chunks || q.overflows(q.computed_tokens)) return;
+  const auto key = std::span<const int>(q.tokens).first(q.computed_tokens);
+  if (prefixes_.covers(key, prefix_space(q))) return;
   const auto info = runner_.info(q.cache);
-  if (info.bytes > limits_.prefix_cache_bytes || !make_room(info.bytes)) return;
+  if (!make_room_for_prefix(info.bytes)) return;
+  CacheId copied = 0;
   try {
-    const auto copied = runner_.copy(q.cache, info.tokens);
+    copied = runner_.copy(q.cache, info.tokens);
     const auto held = runner_.info(copied);
-    const auto key = std::span<const int>(q.tokens).first(q.computed_tokens);
-    if (store_ != nullptr && prefix_space(q) == 0) store_->save(copied, key);
-    release(prefixes_.insert(key, {copied, 0, held.bytes, held.trimmable}, prefix_space(q)));
+    if (make_room_for_prefix(held.bytes)) {  // what a copy cannot share comes on top
+      if (store_ != nullptr) store_->save(copied, key, prefix_space(q));
+      release(prefixes_.insert(key, {copied, 0, held.bytes, held.trimmable}, prefix_space(q)));
+      return;
+    }
   } catch (...) {
     // A copy for others is never worth an answer.
   }
+  if (copied != 0) runner_.free(copied);
 }
 
 /** Nothing of the step counts. Its requests start over from their tokens, each alone, so that only the one at fault ends. */

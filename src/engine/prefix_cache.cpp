@@ -167,6 +167,21 @@ CacheId PrefixCache::drop(Order::iterator held) {
   return cache;
 }
 
+bool PrefixCache::covers(std::span<const int> tokens, uint64_t space) {
+  const auto found_root = roots_.find(space);
+  if (tokens.empty() || found_root == roots_.end()) return false;
+  const auto at = walk(*found_root->second, tokens);
+  if (static_cast<std::size_t>(at.matched) < tokens.size()) return false;
+  Node* covering = at.next != nullptr ? at.next : at.node;
+  if (at.next == nullptr && covering->held) {
+    touch(*covering);
+    return true;
+  }
+  if (covering->trimmable_below == 0) return false;
+  touch(*any_trimmable(covering));
+  return true;
+}
+
 std::vector<CacheId> PrefixCache::insert(std::span<const int> tokens, Entry entry, uint64_t space) {
   std::vector<CacheId> out;
   entry.tokens = static_cast<int>(tokens.size());
@@ -211,14 +226,16 @@ std::vector<CacheId> PrefixCache::set_budget(int64_t bytes) {
   return shrink_to(budget_bytes_);
 }
 
-std::vector<std::pair<PrefixCache::Entry, std::vector<int>>> PrefixCache::contents(uint64_t space) const {
-  std::vector<std::pair<Entry, std::vector<int>>> list;
-  const auto top = roots_.find(space);
+std::vector<PrefixCache::Content> PrefixCache::contents() const {
+  std::vector<Content> list;
   for (const auto& held : order_) {
-    std::vector<int> tokens(held.node->depth);
+    Content content{held.entry, std::vector<int>(held.node->depth)};
     const Node* node = held.node;
-    for (; node->parent != nullptr; node = node->parent) std::ranges::copy(node->run, tokens.begin() + node->parent->depth);
-    if (top != roots_.end() && node == top->second.get()) list.emplace_back(held.entry, std::move(tokens));
+    for (; node->parent != nullptr; node = node->parent) std::ranges::copy(node->run, content.tokens.begin() + node->parent->depth);
+    for (const auto& [space, top] : roots_) {
+      if (top.get() == node) content.space = space;
+    }
+    list.push_back(std::move(content));
   }
   return list;
 }

@@ -36,6 +36,9 @@ class PrefixCache {
    *  `space` keeps apart what cannot be mixed (another limit of the cache, another adapter). */
   std::optional<Hit> find(std::span<const int> prompt, uint64_t space = 0);
 
+  /** Whether an entry for exactly these tokens is needless: an equal one is held, or a longer one that can be trimmed. Marks it as used. */
+  bool covers(std::span<const int> tokens, uint64_t space = 0);
+
   /** Takes the entry for exactly these tokens (entry.tokens is set from them). Returns the caches that are not held (any more): the one
    * given, when it is too large or a held one serves as well; an equal one; shorter ones that a trimmable one makes needless; the least
    * recently used. */
@@ -50,8 +53,13 @@ class PrefixCache {
   std::size_t size() const { return order_.size(); }
   /** From the least to the most recently used. */
   std::vector<Entry> entries() const;
-  /** Those of a space with their tokens, in the same order. */
-  std::vector<std::pair<Entry, std::vector<int>>> contents(uint64_t space) const;
+  struct Content {
+    Entry entry;
+    std::vector<int> tokens;
+    uint64_t space = 0;
+  };
+  /** In the same order. */
+  std::vector<Content> contents() const;
 
  private:
   struct Node;

@@ -12,6 +12,8 @@
 #include "cache/layer_shape.h"
 #include "cache/prompt_file.h"
 #include "gen/memory.h"
+#include "gen/shared_prefix.h"
+#include "plan/plan.h"
 
 namespace mlxlm::gen {
 namespace {
@@ -36,7 +38,8 @@ BatchGenerator::Stats stats_of(const engine::Counters& c, double start_s) {
           .prompt_s = c.prompt_s,
           .decode_s = c.decode_s,
           .wall_s = now_s() - start_s,
-          .peak_memory_gb = peak_gb()};
+          .peak_memory_gb = peak_gb(),
+          .reused_tokens = c.reused_tokens};
 }
 
 void set(engine::Request& r, const cache::Quantization& q) {
@@ -225,10 +228,28 @@ BatchGenerator::Stats BatchGenerator::stats() const {
 namespace {
 
 engine::Limits limits_of(const BatchRun& run) {
+  constexpr int64_t without_folder = int64_t{1} << 30;  // where no memory limit is known
   auto limits = run.limits;
-  if (run.prefixes.folder.empty() || limits.prefix_cache_bytes > 0) return limits;
-  limits.prefix_cache_bytes = limits.memory_bytes > 0 ? std::min(run.prefixes.bytes, limits.memory_bytes / 4) : run.prefixes.bytes;
+  if (limits.prefix_cache_bytes > 0) return limits;
+  const auto most = run.prefixes.folder.empty() ? limits.memory_bytes > 0 ? limits.memory_bytes : without_folder : run.prefixes.bytes;
+  limits.prefix_cache_bytes = limits.memory_bytes > 0 ? std::min(most, limits.memory_bytes / 4) : most;
   return limits;
+}
+
+/** Where each prompt leaves a copy of its cache: for others of the batch, and in a folder also for itself, where an end cannot be cut. */
+std::vector<std::vector<int>> boundaries_of(const arch::Model& model, const std::vector<BatchItem>& items, bool folder) {
+  constexpr int least_tokens = 16;
+  std::vector<std::span<const int>> prompts;
+  for (const auto& item : items) prompts.emplace_back(item.prompt);
+  auto boundaries = shared_prefixes(prompts, least_tokens);
+  const bool forgets = std::ranges::any_of(plan::cache_layout(model), [](const auto& layer) {
+    return layer.kind != plan::CacheKind::none && layer.kind != plan::CacheKind::full;
+  });
+  for (std::size_t i = 0; folder && forgets && i < items.size(); ++i) {
+    const int last = static_cast<int>(items[i].prompt.size()) - 1;
+    if (last >= least_tokens && (boundaries[i].empty() || boundaries[i].back() < last)) boundaries[i].push_back(last);
+  }
+  return boundaries;
 }
 
 class Batch {
@@ -239,6 +260,7 @@ class Batch {
         texts_(tokenizer),
         items_(items),
         run_(run),
+        boundaries_(boundaries_of(model.description(), items, !run.prefixes.folder.empty())),
         answers_(items.size()),
         runner_(model, run.limits, run.draft_model),
         engine_(runner_, limits_of(run)) {
@@ -266,7 +288,14 @@ class Batch {
  private:
   /** Copies of caches are made for those only that come next. */
   void submit_some() {
-    while (next_ < items_.size() && (items_[next_].caches == nullptr || engine_.waiting() < run_.limits.max_sequences)) submit(next_++);
+    while (next_ < items_.size() && (items_[next_].caches == nullptr || takes_now(*items_[next_].caches))) submit(next_++);
+  }
+
+  bool takes_now(const cache::Caches& caches) const {
+    if (!engine_.has_work()) return true;
+    const auto memory = engine_.memory();
+    return engine_.waiting() < run_.limits.max_sequences &&
+           (memory.limit_bytes == 0 || memory.reserved_bytes + static_cast<int64_t>(cache::total_bytes(caches)) <= memory.limit_bytes);
   }
 
   void submit(std::size_t i) {
@@ -278,6 +307,8 @@ class Batch {
                       .sampling = item.sampling,
                       .max_kv_size_tokens = item.max_kv_size_tokens,
                       .drafts = item.drafts,
+                      .store_at_end = !run_.prefixes.folder.empty(),  // no prompt of the batch begins with an answer of it
+                      .boundaries = boundaries_[i],
                       .keep_cache = run_.keep_caches};
     set(r, item.kv_quantization);
     if (!item.ignore_eos) {
@@ -350,6 +381,7 @@ class Batch {
   TextEvents texts_;
   const std::vector<BatchItem>& items_;
   const BatchRun& run_;
+  std::vector<std::vector<int>> boundaries_;
   std::vector<BatchAnswer> answers_;
   ModelRunner runner_;
   std::unique_ptr<PrefixFiles> store_;

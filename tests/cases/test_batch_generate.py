@@ -141,7 +141,7 @@ def test_processes_share_a_folder_of_prefixes(model, tmp_path):
     """Some write what others read and evict, and one is killed: the answers stay, the budget holds, nothing half-written stays."""
     beginnings = [f"{i} once upon a time " * 12 for i in range(16)]
     prompts = write(tmp_path, *({"prompt": beginnings[i % 16] + "x" * (i // 16), "max_tokens": 6} for i in range(32)))
-    folder, budget = tmp_path / "prefixes", 2_000_000
+    folder, budget = tmp_path / "prefixes", 1_000_000
     plain = ["batch_generate", "--model", model, "--prompts", prompts]
     shared = [*plain, "--prefix-cache-dir", folder, "--prefix-cache-bytes", budget]
     alone = run(*plain)
