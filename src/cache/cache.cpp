@@ -184,7 +184,11 @@ std::vector<mx::array> KvCache::state() const {
 }
 
 int64_t KvCache::bytes() const {
-  int64_t total = bytes_of(keys_) + bytes_of(values_);
+  return bytes_of(keys_) + bytes_of(values_) + shared_bytes();
+}
+
+int64_t KvCache::shared_bytes() const {
+  int64_t total = 0;
   for (const auto& part : shared_) total += static_cast<int64_t>(part->keys.nbytes() + part->values.nbytes());
   return total;
 }

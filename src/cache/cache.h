@@ -141,6 +141,9 @@ class KvCache final : public AttentionCache {
   Stored stored() const override;
   bool can_quantize() const override { return true; }
   std::unique_ptr<AttentionCache> quantized(int bits, int group_size) const override;
+  /** Rows that lie in memory of others, and the bytes of that memory. */
+  int shared_rows() const { return shared_rows_; }
+  int64_t shared_bytes() const;
   /** Brings shared rows into memory of its own. */
   void unshare();
   /** The arrays must be the cache's own. */

@@ -315,17 +315,23 @@ void Engine::store_at_boundary(Sequence& q) {
   bool here = false;
   while (q.next_boundary < at.size() && at[q.next_boundary] <= q.computed_tokens) here |= at[q.next_boundary++] == q.computed_tokens;
   if (!here || !q.request.use_prefix_cache || limits_.prefix_cache_bytes == 0 || q.overflows(q.computed_tokens)) return;
+  const auto key = std::span<const int>(q.tokens).first(q.computed_tokens);
+  if (prefixes_.covers(key, prefix_space(q))) return;
   const auto info = runner_.info(q.cache);
-  if (info.bytes > limits_.prefix_cache_bytes || !make_room(info.bytes)) return;
+  if (!make_room_for_prefix(info.bytes)) return;
+  CacheId copied = 0;
   try {
-    const auto copied = runner_.copy(q.cache, info.tokens);
+    copied = runner_.copy(q.cache, info.tokens);
     const auto held = runner_.info(copied);
-    const auto key = std::span<const int>(q.tokens).first(q.computed_tokens);
-    if (store_ != nullptr && prefix_space(q) == 0) store_->save(copied, key);
-    release(prefixes_.insert(key, {copied, 0, held.bytes, held.trimmable}, prefix_space(q)));
+    if (make_room_for_prefix(held.bytes)) {  // what a copy cannot share comes on top
+      if (store_ != nullptr && prefix_space(q) == 0) store_->save(copied, key);
+      release(prefixes_.insert(key, {copied, 0, held.bytes, held.trimmable}, prefix_space(q)));
+      return;
+    }
   } catch (...) {
     // A copy for others is never worth an answer.
   }
+  if (copied != 0) runner_.free(copied);
 }
 
 /** Nothing of the step counts. Its requests start over from their tokens, each alone, so that only the one at fault ends. */

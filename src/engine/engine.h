@@ -166,6 +166,7 @@ class Engine {
   void load_stored(Sequence& q);
   Admission admit(Sequence& q);
   bool make_room(int64_t bytes);
+  bool make_room_for_prefix(int64_t bytes);
   bool extend(Sequence& q);
   void preempt(Sequence& q);
   void check_result(const StepPlan& plan, const StepResult& result) const;

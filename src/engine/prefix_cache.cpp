@@ -167,6 +167,21 @@ CacheId PrefixCache::drop(Order::iterator held) {
   return cache;
 }
 
+bool PrefixCache::covers(std::span<const int> tokens, uint64_t space) {
+  const auto found_root = roots_.find(space);
+  if (tokens.empty() || found_root == roots_.end()) return false;
+  const auto at = walk(*found_root->second, tokens);
+  if (static_cast<std::size_t>(at.matched) < tokens.size()) return false;
+  Node* covering = at.next != nullptr ? at.next : at.node;
+  if (at.next == nullptr && covering->held) {
+    touch(*covering);
+    return true;
+  }
+  if (covering->trimmable_below == 0) return false;
+  touch(*any_trimmable(covering));
+  return true;
+}
+
 std::vector<CacheId> PrefixCache::insert(std::span<const int> tokens, Entry entry, uint64_t space) {
   std::vector<CacheId> out;
   entry.tokens = static_cast<int>(tokens.size());

@@ -36,6 +36,9 @@ class PrefixCache {
    *  `space` keeps apart what cannot be mixed (another limit of the cache, another adapter). */
   std::optional<Hit> find(std::span<const int> prompt, uint64_t space = 0);
 
+  /** Whether an entry for exactly these tokens is needless: an equal one is held, or a longer one that can be trimmed. Marks it as used. */
+  bool covers(std::span<const int> tokens, uint64_t space = 0);
+
   /** Takes the entry for exactly these tokens (entry.tokens is set from them). Returns the caches that are not held (any more): the one
    * given, when it is too large or a held one serves as well; an equal one; shorter ones that a trimmable one makes needless; the least
    * recently used. */

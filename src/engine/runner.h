@@ -135,6 +135,9 @@ class Runner {
   virtual void check(std::span<const int> tokens, const Sampling& sampling, const CacheOptions& cache, const Drafts& drafts) const = 0;
   /** The most bytes that a cache of so many tokens takes; it must not shrink as tokens grow. */
   virtual int64_t cost_bytes(int64_t tokens, const CacheOptions& options) const = 0;
+  /** The most bytes that this cache, or a copy of its first `copied` tokens, takes until it holds `tokens`: memory that it shares with others
+   * stays as large as it is, however little of that is of use. */
+  virtual int64_t growth_bytes(CacheId cache, std::optional<int> copied, int64_t tokens, const CacheOptions& options) const = 0;
 
   /** Whether what is computed into caches with these options depends, if only by rounding, on the chunks that a prompt comes in, even where
    * nothing is forgotten. */

@@ -202,6 +202,13 @@ bool Engine::make_room(int64_t bytes) {
   return true;
 }
 
+/** As make_room(), for one more stored prefix: older ones make room before it is there, so that the budget holds meanwhile. */
+bool Engine::make_room_for_prefix(int64_t bytes) {
+  if (bytes > limits_.prefix_cache_bytes || !make_room(bytes)) return false;
+  release(prefixes_.shrink_to(limits_.prefix_cache_bytes - bytes));
+  return true;
+}
+
 /** What of the sequence is computed already: in a stored cache, or in one that is in use and can be cut. */
 std::optional<PrefixCache::Hit> Engine::find_reusable(const Sequence& q) {
   const auto& options = q.cache_options;
@@ -230,9 +237,9 @@ std::optional<PrefixCache::Hit> Engine::find_reusable(const Sequence& q) {
 void Engine::load_stored(Sequence& q) {
   if (q.has_read_store || q.cache != 0 || !q.request.use_prefix_cache || prefix_space(q) != 0) return;
   const auto found = store_->find(q.tokens);
-  if (found.usable_tokens == 0 || found.bytes > limits_.prefix_cache_bytes) return;
+  if (found.usable_tokens == 0) return;
   const auto held = find_reusable(q);
-  if ((held && held->usable_tokens >= found.usable_tokens) || !make_room(found.bytes)) return;
+  if ((held && held->usable_tokens >= found.usable_tokens) || !make_room_for_prefix(found.bytes)) return;
   q.has_read_store = true;
   const auto loaded = store_->load(q.tokens);
   if (loaded.cache == 0) return;
@@ -243,13 +250,12 @@ void Engine::load_stored(Sequence& q) {
 
 Engine::Admission Engine::admit(Sequence& q) {
   const auto tokens = tokens_to_reserve(q);
-  auto bytes = runner_.cost_bytes(tokens, q.cache_options);
-  if (q.cache != 0) bytes = std::max(bytes, runner_.info(q.cache).bytes);
+  auto bytes =
+      q.cache != 0 ? runner_.growth_bytes(q.cache, std::nullopt, tokens, q.cache_options) : runner_.cost_bytes(tokens, q.cache_options);
   if (static_cast<int>(running_.size()) >= limits_.max_sequences) return Admission::deferred;
   if (store_ != nullptr) load_stored(q);
   auto hit = find_reusable(q);
-  // A copy is as large as what it copies, however little of that is of use, and its windows grow with the next chunk.
-  const auto with_hit = hit ? std::max(bytes, hit->entry.bytes + runner_.cost_bytes(1, q.cache_options)) : bytes;
+  const auto with_hit = hit ? runner_.growth_bytes(hit->entry.cache, hit->usable_tokens, tokens, q.cache_options) : bytes;
   if (hit && limits_.memory_bytes > 0 && reserved_bytes_ + hit->entry.bytes + with_hit > limits_.memory_bytes) hit.reset();
   if (hit) bytes = with_hit;
   if (!make_room(bytes)) {
@@ -288,7 +294,7 @@ Engine::Admission Engine::admit(Sequence& q) {
 bool Engine::extend(Sequence& q) {
   const auto held = static_cast<int64_t>(q.tokens.size());
   for (const auto more : kMoreTokens) {
-    const auto bytes = std::max(q.reserved_bytes, runner_.cost_bytes(held + more, q.cache_options));
+    const auto bytes = std::max(q.reserved_bytes, runner_.growth_bytes(q.cache, std::nullopt, held + more, q.cache_options));
     if (!make_room(bytes - q.reserved_bytes)) continue;
     reserved_bytes_ += bytes - q.reserved_bytes;
     q.reserved_bytes = bytes;

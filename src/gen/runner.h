@@ -9,6 +9,7 @@
 #include "engine/engine.h"
 #include "gen/speculative.h"
 #include "model/causal_model.h"
+#include "plan/plan.h"
 #include "sample/sample.h"
 
 namespace mlxlm::gen {
@@ -28,6 +29,8 @@ class ModelRunner final : public engine::Runner {
   void check(std::span<const int> tokens, const engine::Sampling& sampling, const engine::CacheOptions& cache,
              const engine::Drafts& drafts) const override;
   int64_t cost_bytes(int64_t tokens, const engine::CacheOptions& options) const override;
+  int64_t growth_bytes(engine::CacheId cache, std::optional<int> copied, int64_t tokens,
+                       const engine::CacheOptions& options) const override;
   bool chunks_show(const engine::CacheOptions& options) const override;
   engine::CacheId reserve(int64_t tokens, const engine::CacheOptions& options) override;
   void adapt(engine::CacheId cache, const engine::CacheOptions& options) override { held(cache).options = options; }
@@ -64,6 +67,8 @@ class ModelRunner final : public engine::Runner {
   struct Chooser;
   struct Choice;
 
+  int64_t layer_bytes(std::size_t layer, int64_t tokens, int64_t limit_tokens, const engine::CacheOptions& options) const;
+  int64_t draft_bytes(int64_t tokens, const engine::CacheOptions& options) const;
   Held& held(engine::CacheId cache);
   const Held& held(engine::CacheId cache) const;
   Trail& trail(Held& h);
@@ -79,6 +84,7 @@ class ModelRunner final : public engine::Runner {
   model::CausalModel& model_;
   model::CausalModel* draft_model_;
   int chunk_tokens_, limited_chunk_tokens_;
+  std::vector<plan::LayerCache> layout_;
   std::vector<int64_t> layer_value_bytes_, layer_fixed_bytes_;
   int draft_value_bytes_ = 0;
   std::vector<std::optional<cache::KvShape>> layer_shapes_;  // of layers that keep everything, where memory can be had ahead

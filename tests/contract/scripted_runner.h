@@ -25,6 +25,8 @@ class ScriptedRunner final : public Runner {
     std::vector<int> tokens;
     CacheOptions options{};
     int undecided = 0;  // of a draft: keep() is to come
+    int64_t shared_bytes = 0;
+    int shared_tokens = 0;
   };
 
   void check(std::span<const int> tokens, const Sampling& sampling, const CacheOptions& cache, const Drafts& drafts) const override {
@@ -38,6 +40,13 @@ class ScriptedRunner final : public Runner {
   int64_t cost_bytes(int64_t tokens, const CacheOptions& o) const override {
     return 10 + bytes_per_token * (o.max_kv_size_tokens > 0 ? std::min<int64_t>(tokens, o.max_kv_size_tokens) : tokens);
   }
+  int64_t growth_bytes(CacheId cache, std::optional<int> copied, int64_t tokens, const CacheOptions& o) const override {
+    const auto& c = caches.at(cache);
+    const auto held = info(cache).bytes, alone = cost_bytes(tokens, o);
+    const int shared = copied ? tokens_shared_by_copies(c, *copied) : c.shared_tokens;
+    if (shared == 0) return std::max(held, alone);
+    return std::max(held, (copied ? held : c.shared_bytes) + cost_bytes(tokens - shared, o));
+  }
   CacheId reserve(int64_t, const CacheOptions& options) override {
     if (reserve_fails) throw std::bad_alloc();
     caches[++last] = {{}, options};
@@ -46,8 +55,11 @@ class ScriptedRunner final : public Runner {
   void adapt(CacheId cache, const CacheOptions& options) override { caches.at(cache).options = options; }
   CacheId copy(CacheId cache, int tokens) override {
     if (copy_fails) throw std::bad_alloc();
+    if (before_copy) before_copy(info(cache).bytes);
     auto made = caches.at(cache);
     if (tokens < static_cast<int>(made.tokens.size()) && !info(cache).trimmable) throw std::logic_error("not trimmable");
+    made.shared_tokens = tokens_shared_by_copies(made, tokens);
+    made.shared_bytes = made.shared_tokens > 0 ? info(cache).bytes : 0;
     made.tokens.resize(tokens);
     caches[++last] = made;
     ++copies;
@@ -61,7 +73,7 @@ class ScriptedRunner final : public Runner {
     const auto& c = caches.at(cache);
     const auto n = static_cast<int>(c.tokens.size());
     const int limit = c.options.max_kv_size_tokens;
-    return {n, trimmable && (limit == 0 || n < limit), n == 0 ? 0 : cost_bytes(n, c.options)};
+    return {n, trimmable && (limit == 0 || n < limit), n == 0 ? 0 : c.shared_bytes + cost_bytes(n - c.shared_tokens, c.options)};
   }
   void begin(SequenceId id, const Sampling& sampling, std::shared_ptr<TokenMask>, const Drafts&) override { samplings[id] = sampling; }
   void end(SequenceId id) noexcept override {
@@ -117,10 +129,18 @@ class ScriptedRunner final : public Runner {
     return result;
   }
 
+  /** As in a real cache: whole blocks, and not where something is forgotten. */
+  int tokens_shared_by_copies(const Cache& c, int tokens) const {
+    return shares && c.options.max_kv_size_tokens == 0 ? tokens / block_tokens * block_tokens : 0;
+  }
+
+  static constexpr int block_tokens = 8;
+  bool shares = false;  // a copy holds all memory of what it was copied from, and what is added to it comes on top
   int64_t bytes_per_token = 4;
   bool trimmable = true, reserve_fails = false, copy_fails = false, keep_fails = false;
   std::function<std::vector<int>(const DraftWanted&, const Sampling&)> guess;  // the draft model
   std::function<void(const StepPlan&)> before_run;
+  std::function<void(int64_t bytes)> before_copy;
   std::function<bool(const PlannedRow&)> row_fails;
   std::function<bool(const StepPlan&)> step_fails;
   std::function<void(StepResult&)> mangle;

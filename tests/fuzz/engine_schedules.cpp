@@ -13,6 +13,7 @@ class Story {
  public:
   explicit Story(uint32_t seed) : random_(seed), bench_(limits()) {
     bench_.runner.trimmable = pick(0, 2) > 0;
+    bench_.runner.shares = pick(0, 1);
     const bool failing = pick(0, 2) == 0;
     bench_.runner.step_fails = [this, failing](const StepPlan&) { return failing && pick(0, 30) == 0; };
     // Right for some tokens, then not; sometimes none; sometimes more than was wanted.

@@ -118,6 +118,46 @@ TEST(PrefixReuse, TheBudgetHoldsAndGivesWayToRequests) {
   EXPECT_TRUE(b.runner.caches.empty());
 }
 
+/** A copy holds all memory of what it shares with, and grows by what is its own: also when little is shared with something large. */
+TEST(PrefixReuse, MemoryOfOthersIsReservedBesideWhatGrows) {
+  for (const int max_tokens : {1, -1}) {
+    Bench b({.memory_bytes = 100000, .prefix_cache_bytes = 50000});
+    b.runner.shares = true;
+    b.submit({.tokens = prompt_of(400), .max_tokens = 1});
+    b.drain();
+    Request r{.tokens = prompt_of(360), .max_tokens = max_tokens};
+    for (std::size_t i = 64; i < r.tokens.size(); ++i) r.tokens[i] = 1 + static_cast<int>(i) % 5;
+    const auto id = b.submit(r);
+    for (int i = 0; i < 1200; ++i) b.step();  // an answer without a limit reserves more as it grows
+    b.engine->cancel(id);
+    b.drain();
+    b.step();
+    EXPECT_TRUE(b.violations.empty()) << b.violations.front();
+    EXPECT_EQ(b.last.at(id).reused_tokens, 64);
+  }
+}
+
+/** What is stored at a boundary never exceeds the budget, not even while it is copied, and is not copied in vain. */
+TEST(PrefixReuse, RoomIsMadeBeforeACopyIsMade) {
+  Bench b({.prefix_cache_bytes = 600});
+  b.runner.trimmable = false;
+  int64_t most = 0;
+  b.runner.before_copy = [&](int64_t bytes) { most = std::max(most, b.engine->prefixes().bytes() + bytes); };
+  for (int i = 0; i < 8; ++i) {
+    b.submit({.tokens = prompt_of(60, i % 4), .max_tokens = 1, .boundaries = {50}});
+    b.drain();
+  }
+  EXPECT_TRUE(b.violations.empty()) << b.violations.front();
+  EXPECT_GT(most, 210);
+  EXPECT_LE(most, 600);
+  // Two that run at once store the same: one copy.
+  Bench c({.prefix_cache_bytes = 6000});
+  c.runner.trimmable = false;
+  for (int i = 0; i < 2; ++i) c.submit({.tokens = prompt_of(60), .max_tokens = 1, .boundaries = {50}});
+  c.drain();
+  EXPECT_EQ(c.runner.copies, 1);
+}
+
 TEST(PrefixReuse, CachesOfOtherLimitsDoNotMix) {
   Bench b({.prefix_cache_bytes = 100000});
   Request r{.tokens = prompt_of(40), .max_tokens = 2};
