@@ -338,7 +338,10 @@ class FailureFuzz : public testing::TestWithParam<std::string> {
   }
 
   void story(uint32_t seed) {
-    random_.seed(seed);
+    std::vector<uint32_t> parts(GetParam().begin(), GetParam().end());  // each family has stories of its own
+    parts.push_back(seed);
+    std::seed_seq mixed(parts.begin(), parts.end());
+    random_.seed(mixed);
     Limits limits{.max_sequences = pick(2, 9),
                   .prefill_tokens = pick(1, 48),
                   .least_prefill_tokens = pick(1, 8),
@@ -351,7 +354,7 @@ class FailureFuzz : public testing::TestWithParam<std::string> {
     if (pick(0, 1)) limits.memory_bytes = 4 * runner.cost_bytes(430, {.with_drafts = true}) + limits.prefix_cache_bytes;
     FailingRunner failing(runner);
     model.when = static_cast<FailingModel::Moment>(pick(0, 2));
-    if (pick(0, 1)) model.fails = once_in(25);
+    if (pick(0, 1)) model.fails = once_in(20);
     if (pick(0, 2) == 0) draft_model.fails = once_in(15);
     if (pick(0, 1)) failing.row_fails = once_in(120);
     if (pick(0, 3) == 0) failing.copy_fails = failing.reserve_fails = once_in(12);
@@ -410,7 +413,7 @@ TEST_P(FailureFuzz, WhoIsNotHitGetsWhatItGetsAlone) {
   const char *from = std::getenv("FUZZ_SEED"), *goes_on = std::getenv("FUZZ_LONG");
   const auto start = std::chrono::steady_clock::now();
   const uint32_t first = from ? std::atoi(from) : 1;
-  for (uint32_t seed = first; seed < first + (goes_on ? 400 : 12); ++seed) {
+  for (uint32_t seed = first; seed < first + (goes_on ? 400 : 40); ++seed) {
     if (std::chrono::steady_clock::now() - start > std::chrono::seconds(goes_on ? 40 : 4)) break;
     SCOPED_TRACE(seed);
     story(seed);
