@@ -32,8 +32,10 @@ class Cache {
   /** Tokens seen since the beginning; the position of the next token. */
   virtual int offset() const = 0;
   virtual bool trimmable() const = 0;
-  /** Forgets the last n tokens; returns how many it forgot. */
+  /** Forgets the last n tokens, or as many as it can; returns how many it forgot. */
   virtual int trim(int n) = 0;
+  /** The most that trim() forgets now. */
+  virtual int trimmable_tokens() const { return trimmable() ? offset() : 0; }
   /** Whether rewind() can take back any of `tokens` tokens that are about to be added; else a copy made before must take this cache's
    * place. */
   virtual bool can_rewind(int /*tokens*/, bool /*one_call*/) const { return trimmable(); }
@@ -206,9 +208,11 @@ class ChunkedKvCache final : public AttentionCache {
   AttentionCache& inner() override { return *rows_; }
   void make_room(int tokens) override;
   int offset() const override { return start_ + rows_->offset(); }
-  /** Only before anything was forgotten. */
+  /** By any number: only before anything was forgotten. */
   bool trimmable() const override { return start_ == 0; }
-  int trim(int n) override { return trimmable() ? rows_->trim(n) : 0; }
+  /** Back to where the chunk begins, as in the reference. */
+  int trim(int n) override { return rows_->trim(n); }
+  int trimmable_tokens() const override { return rows_->offset(); }
   bool can_rewind(int tokens, bool one_call) const override;
   void rewind(int n) override { rows_->rewind(n); }
   std::vector<mx::array> state() const override { return rows_->state(); }

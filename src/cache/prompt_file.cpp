@@ -255,9 +255,9 @@ void set_lengths(const fs::path& file, Caches& caches, const PromptMetadata& met
   }
 }
 
-}  // namespace
-
-void save_prompt_file(const fs::path& file, const Caches& caches, const arch::Model& model, PromptMetadata metadata) {
+/** Tensors and strings of a file. */
+std::pair<weights::Tensors, std::map<std::string, std::string>> content_of(const Caches& caches, const arch::Model& model,
+                                                                           PromptMetadata metadata) {
   const auto layout = plan::cache_layout(model);
   if (layout.size() != caches.size()) throw Error(Code::internal, "prompt cache", "got caches of another model");
   weights::Tensors tensors;
@@ -297,7 +297,19 @@ void save_prompt_file(const fs::path& file, const Caches& caches, const arch::Mo
   }
   metadata[tokens_key] = std::to_string(prompt_tokens(caches));
   for (const auto& [key, value] : metadata) strings["0." + key] = value;
+  return {std::move(tensors), std::move(strings)};
+}
+
+}  // namespace
+
+void save_prompt_file(const fs::path& file, const Caches& caches, const arch::Model& model, PromptMetadata metadata) {
+  const auto [tensors, strings] = content_of(caches, model, std::move(metadata));
   weights::save_safetensors(file, tensors, strings);
+}
+
+std::string prompt_file_bytes(const Caches& caches, const arch::Model& model, PromptMetadata metadata) {
+  const auto [tensors, strings] = content_of(caches, model, std::move(metadata));
+  return weights::safetensors_bytes("prompt cache", tensors, strings);
 }
 
 PromptMetadata read_prompt_metadata(const fs::path& file) {
@@ -374,7 +386,7 @@ bool trimmable(const Caches& caches) {
 }
 
 int trim(Caches& caches, int n) {
-  if (!trimmable(caches)) return 0;
+  if (!trimmable(caches) && std::ranges::any_of(caches, [n](const CachePtr& c) { return c && c->trimmable_tokens() < n; })) return 0;
   int trimmed = 0;
   for (const auto& c : caches) trimmed = c ? c->trim(n) : trimmed;
   return trimmed;

@@ -17,6 +17,9 @@ using PromptMetadata = std::map<std::string, std::string>;
  * mlx_lm. Throws Error(io), Error(unsupported). */
 void save_prompt_file(const std::filesystem::path& file, const Caches& caches, const arch::Model& model, PromptMetadata metadata);
 
+/** The content of such a file, for whoever writes it later or elsewhere. */
+std::string prompt_file_bytes(const Caches& caches, const arch::Model& model, PromptMetadata metadata);
+
 /** Reads the header only: which model a file is of, before that model is loaded. */
 PromptMetadata read_prompt_metadata(const std::filesystem::path& file);
 

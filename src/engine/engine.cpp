@@ -83,7 +83,7 @@ Engine::~Engine() {
 
 void Engine::save_prefixes() {
   if (store_ == nullptr) return;
-  for (const auto& [entry, tokens] : prefixes_.contents(0)) store_->save(entry.cache, tokens);
+  for (const auto& held : prefixes_.contents()) store_->save(held.entry.cache, held.tokens, held.space);
 }
 
 Engine::Sequence* Engine::find(SequenceId id) const {
@@ -145,9 +145,19 @@ SequenceId Engine::submit(Request request) {
     throw;
   }
   const auto id = ++last_id_;
+  hold_brought_cache(*q);
   waiting_.push_back(id);
   sequences_.emplace(id, std::move(q));
   return id;
+}
+
+/** A cache takes its memory from the moment it is brought. */
+void Engine::hold_brought_cache(Sequence& q) {
+  if (q.cache == 0) return;
+  const auto bytes = runner_.info(q.cache).bytes;
+  if (!make_room(bytes)) return drop_cache(q);
+  q.reserved_bytes = bytes;
+  reserved_bytes_ += bytes;
 }
 
 Event Engine::event(const Sequence& q) const {
@@ -198,7 +208,8 @@ void Engine::retire(Sequence& q, Event last) {
     if (q.request.keep_cache) {
       last.cache = std::exchange(q.cache, 0);
       last.cache_tokens = std::move(held);
-    } else if (q.request.use_prefix_cache && limits_.prefix_cache_bytes > 0 && q.running && !q.overflows(held.size())) {
+    } else if (q.request.use_prefix_cache && q.request.store_at_end && limits_.prefix_cache_bytes > 0 && q.running && !q.fixed_chunks &&
+               !q.overflows(held.size())) {
       const auto info = runner_.info(q.cache);
       const auto cache = std::exchange(q.cache, 0);
       reserved_bytes_ -= q.reserved_bytes;
@@ -314,7 +325,7 @@ void Engine::store_at_boundary(Sequence& q) {
   const auto& at = q.request.boundaries;
   bool here = false;
   while (q.next_boundary < at.size() && at[q.next_boundary] <= q.computed_tokens) here |= at[q.next_boundary++] == q.computed_tokens;
-  if (!here || !q.request.use_prefix_cache || limits_.prefix_cache_bytes == 0 || q.overflows(q.computed_tokens)) return;
+  if (!here || !q.request.use_prefix_cache || limits_.prefix_cache_bytes == 0 || q.fixed_chunks || q.overflows(q.computed_tokens)) return;
   const auto key = std::span<const int>(q.tokens).first(q.computed_tokens);
   if (prefixes_.covers(key, prefix_space(q))) return;
   const auto info = runner_.info(q.cache);
@@ -324,7 +335,7 @@ void Engine::store_at_boundary(Sequence& q) {
     copied = runner_.copy(q.cache, info.tokens);
     const auto held = runner_.info(copied);
     if (make_room_for_prefix(held.bytes)) {  // what a copy cannot share comes on top
-      if (store_ != nullptr && prefix_space(q) == 0) store_->save(copied, key);
+      if (store_ != nullptr) store_->save(copied, key, prefix_space(q));
       release(prefixes_.insert(key, {copied, 0, held.bytes, held.trimmable}, prefix_space(q)));
       return;
     }

@@ -30,8 +30,11 @@ struct Request {
   int quantized_kv_start = 0;           // limited_chunk_tokens, the last token of the prompt alone) or step where they hold so many tokens
   Drafts drafts{};                      // not with a mask, which cannot go back
   bool use_prefix_cache = true;         // reuse what is stored or held by another request, and store what was computed
-  std::vector<int> boundaries{};        // prompt positions where a step must end and a copy of the cache is stored for reuse, ascending
-  CacheId cache = 0;                    // continue from this one; the request owns it from now on
+  bool store_at_end = true;             // of this: also what it holds when it ends, and not at its boundaries alone
+  std::vector<int> boundaries{};        // prompt positions where a step must end and a copy of the cache is stored for reuse, ascending;
+                                        // prompts that begin as this one does up to there wait for the copy
+  CacheId cache = 0;                    // continue from this one; the request owns it from now on, and where memory does not suffice to
+                                        // hold it while the request waits, its tokens are computed again
   std::vector<int> cache_tokens{};      // exactly the tokens that it holds
   bool keep_cache = false;              // hand the cache over at the end, see Event
 };
@@ -89,7 +92,7 @@ struct Counters {
 /** Bytes of caches. */
 struct MemoryReport {
   int64_t held_bytes = 0;      // by requests
-  int64_t reserved_bytes = 0;  // for requests that run, what they hold included
+  int64_t reserved_bytes = 0;  // for requests that run, what they hold included, and for caches that waiting ones brought
   int64_t stored_bytes = 0;    // for prefixes
   int64_t stored_budget_bytes = 0;
   int64_t limit_bytes = 0;  // of reserved and stored; 0 = none
@@ -162,9 +165,13 @@ class Engine {
   int chunk_of(const Sequence& q, int budget) const;
   int add_row(StepPlan& plan, Sequence& q, int budget) const;
   enum class Admission { admitted, deferred, failed };
+  bool may_reuse(const Sequence& q) const;
+  bool is_about_to_be_stored(const Sequence& q);
   std::optional<PrefixCache::Hit> find_reusable(const Sequence& q);
   void load_stored(Sequence& q);
+  void hold_brought_cache(Sequence& q);
   Admission admit(Sequence& q);
+  bool give_up_brought_cache(const Sequence& q);
   bool make_room(int64_t bytes);
   bool make_room_for_prefix(int64_t bytes);
   bool extend(Sequence& q);

@@ -58,7 +58,9 @@ class Check {
   }
 
   void waiting(const Snapshot::Sequence& q) {
-    want(q.reserved_bytes == 0, "sequence {}: waits with {} bytes reserved", q.id, q.reserved_bytes);
+    want(q.cache != 0 || q.reserved_bytes == 0, "sequence {}: waits with {} bytes reserved and no cache", q.id, q.reserved_bytes);
+    want(q.held.bytes <= q.reserved_bytes, "sequence {}: waits with a cache of {} bytes, reserved are {}", q.id, q.held.bytes,
+         q.reserved_bytes);
     want(q.computed_tokens == 0 || q.cache != 0, "sequence {}: waits with {} tokens computed and no cache", q.id, q.computed_tokens);
   }
 

@@ -226,14 +226,16 @@ std::vector<CacheId> PrefixCache::set_budget(int64_t bytes) {
   return shrink_to(budget_bytes_);
 }
 
-std::vector<std::pair<PrefixCache::Entry, std::vector<int>>> PrefixCache::contents(uint64_t space) const {
-  std::vector<std::pair<Entry, std::vector<int>>> list;
-  const auto top = roots_.find(space);
+std::vector<PrefixCache::Content> PrefixCache::contents() const {
+  std::vector<Content> list;
   for (const auto& held : order_) {
-    std::vector<int> tokens(held.node->depth);
+    Content content{held.entry, std::vector<int>(held.node->depth)};
     const Node* node = held.node;
-    for (; node->parent != nullptr; node = node->parent) std::ranges::copy(node->run, tokens.begin() + node->parent->depth);
-    if (top != roots_.end() && node == top->second.get()) list.emplace_back(held.entry, std::move(tokens));
+    for (; node->parent != nullptr; node = node->parent) std::ranges::copy(node->run, content.tokens.begin() + node->parent->depth);
+    for (const auto& [space, top] : roots_) {
+      if (top.get() == node) content.space = space;
+    }
+    list.push_back(std::move(content));
   }
   return list;
 }

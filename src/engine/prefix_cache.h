@@ -53,8 +53,13 @@ class PrefixCache {
   std::size_t size() const { return order_.size(); }
   /** From the least to the most recently used. */
   std::vector<Entry> entries() const;
-  /** Those of a space with their tokens, in the same order. */
-  std::vector<std::pair<Entry, std::vector<int>>> contents(uint64_t space) const;
+  struct Content {
+    Entry entry;
+    std::vector<int> tokens;
+    uint64_t space = 0;
+  };
+  /** In the same order. */
+  std::vector<Content> contents() const;
 
  private:
   struct Node;

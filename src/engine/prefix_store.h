@@ -8,7 +8,8 @@
 
 namespace mlxlm::engine {
 
-/** Thread: the engine's. A store that fails is a store without the prefix: nothing here throws. */
+/** `space` keeps apart what cannot be mixed, as in PrefixCache. Thread: the engine's. A store that fails is a store without the prefix:
+ * nothing here throws. */
 class PrefixStore {
  public:
   virtual ~PrefixStore() = default;
@@ -17,14 +18,14 @@ class PrefixStore {
     int64_t bytes = 0;      // that a cache with it takes
   };
   /** What load() would spare of this prompt; at least one token is left to process. */
-  virtual Found find(std::span<const int> prompt) noexcept = 0;
+  virtual Found find(std::span<const int> prompt, uint64_t space) noexcept = 0;
   struct Loaded {
     CacheId cache = 0;              // 0 = it could not be had after all; else the caller's
     std::span<const int> tokens{};  // what it holds; valid until the next call
   };
-  virtual Loaded load(std::span<const int> prompt) noexcept = 0;
-  /** The cache holds exactly these tokens, and stays the caller's. */
-  virtual void save(CacheId cache, std::span<const int> tokens) noexcept = 0;
+  virtual Loaded load(std::span<const int> prompt, uint64_t space) noexcept = 0;
+  /** The cache holds exactly these tokens, and stays the caller's. The store may write it later: at the latest when it ends. */
+  virtual void save(CacheId cache, std::span<const int> tokens, uint64_t space) noexcept = 0;
 };
 
 }  // namespace mlxlm::engine

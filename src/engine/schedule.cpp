@@ -142,6 +142,25 @@ void Engine::plan_drafts(StepPlan& plan) {
   }
 }
 
+/** Whether a running prompt will soon store more of this one than there is to use now: then it pays to wait for it. */
+bool Engine::is_about_to_be_stored(const Sequence& q) {
+  if (limits_.prefix_cache_bytes == 0 || !may_reuse(q)) return false;
+  int most = 0;
+  for (const auto id : running_) {
+    const auto& other = *find(id);
+    const auto& at = other.request.boundaries;
+    if (other.next_boundary >= at.size() || !other.request.use_prefix_cache || prefix_space(other) != prefix_space(q)) continue;
+    const auto end = other.tokens.begin() + std::min<std::ptrdiff_t>(other.prompt_tokens, static_cast<std::ptrdiff_t>(q.tokens.size()) - 1);
+    const auto shared = static_cast<int>(std::mismatch(other.tokens.begin(), end, q.tokens.begin()).first - other.tokens.begin());
+    for (const int boundary : at) {
+      if (boundary > other.computed_tokens && boundary <= shared && !other.overflows(boundary)) most = std::max(most, boundary);
+    }
+  }
+  if (most < kLeastSharedTokens) return false;
+  const auto hit = find_reusable(q);
+  return !hit || most >= hit->usable_tokens + kLeastSharedTokens;
+}
+
 /** Prompts begun go on in order of admission; what is left of the budget admits others in order of arrival. */
 void Engine::plan_prompts(StepPlan& plan, int budget) {
   for (const auto id : running_) {
@@ -150,6 +169,7 @@ void Engine::plan_prompts(StepPlan& plan, int budget) {
   }
   while (budget > 0 && !waiting_.empty() && static_cast<int>(running_.size()) < limits_.max_sequences) {
     auto* q = find(waiting_.front());
+    if (is_about_to_be_stored(*q)) return;
     const auto admission = admit(*q);
     if (admission == Admission::deferred) return;  // nobody overtakes, so that large requests get their turn
     if (admission == Admission::admitted) budget -= add_row(plan, *q, budget);
@@ -209,6 +229,10 @@ bool Engine::make_room_for_prefix(int64_t bytes) {
   return true;
 }
 
+bool Engine::may_reuse(const Sequence& q) const {
+  return q.cache == 0 && q.request.use_prefix_cache && !q.fixed_chunks && !q.overflows(q.tokens.size());
+}
+
 /** What of the sequence is computed already: in a stored cache, or in one that is in use and can be cut. */
 std::optional<PrefixCache::Hit> Engine::find_reusable(const Sequence& q) {
   const auto& options = q.cache_options;
@@ -217,7 +241,7 @@ std::optional<PrefixCache::Hit> Engine::find_reusable(const Sequence& q) {
   const auto serves = [&](int held, int usable) {
     return options.kv_bits == 0 || held < options.quantized_from_tokens || usable >= options.quantized_from_tokens;
   };
-  if (q.cache != 0 || !q.request.use_prefix_cache || q.fixed_chunks || q.overflows(q.tokens.size())) return std::nullopt;
+  if (!may_reuse(q)) return std::nullopt;
   auto best = prefixes_.find(q.tokens, prefix_space(q));
   if (best && !serves(best->entry.tokens, best->usable_tokens)) best.reset();
   for (const auto id : running_) {
@@ -235,17 +259,29 @@ std::optional<PrefixCache::Hit> Engine::find_reusable(const Sequence& q) {
 
 /** What outlived an earlier engine joins the stored prefixes, where it spares more than they do. One read a sequence, deferred or not. */
 void Engine::load_stored(Sequence& q) {
-  if (q.has_read_store || q.cache != 0 || !q.request.use_prefix_cache || prefix_space(q) != 0) return;
-  const auto found = store_->find(q.tokens);
+  if (q.has_read_store || !may_reuse(q)) return;
+  const auto space = prefix_space(q);
+  const auto found = store_->find(q.tokens, space);
   if (found.usable_tokens == 0) return;
   const auto held = find_reusable(q);
   if ((held && held->usable_tokens >= found.usable_tokens) || !make_room_for_prefix(found.bytes)) return;
   q.has_read_store = true;
-  const auto loaded = store_->load(q.tokens);
+  const auto loaded = store_->load(q.tokens, space);
   if (loaded.cache == 0) return;
   const auto info = runner_.info(loaded.cache);
-  release(prefixes_.insert(loaded.tokens, {loaded.cache, 0, info.bytes, info.trimmable}, 0));
+  release(prefixes_.insert(loaded.tokens, {loaded.cache, 0, info.bytes, info.trimmable}, space));
   make_room(0);
+}
+
+/** Of the request that came last; false when nobody but q has one. */
+bool Engine::give_up_brought_cache(const Sequence& q) {
+  for (auto id = waiting_.rbegin(); id != waiting_.rend(); ++id) {
+    auto& other = *find(*id);
+    if (&other == &q || other.cache == 0) continue;
+    drop_cache(other);
+    return true;
+  }
+  return false;
 }
 
 Engine::Admission Engine::admit(Sequence& q) {
@@ -258,9 +294,15 @@ Engine::Admission Engine::admit(Sequence& q) {
   const auto with_hit = hit ? runner_.growth_bytes(hit->entry.cache, hit->usable_tokens, tokens, q.cache_options) : bytes;
   if (hit && limits_.memory_bytes > 0 && reserved_bytes_ + hit->entry.bytes + with_hit > limits_.memory_bytes) hit.reset();
   if (hit) bytes = with_hit;
-  if (!make_room(bytes)) {
-    // With nobody running there is nothing to wait for.
+  while (!make_room(bytes - q.reserved_bytes)) {
+    // With nobody running there is nothing to wait for but what others have brought, which can be computed again.
     if (!running_.empty()) return Admission::deferred;
+    if (give_up_brought_cache(q)) continue;
+    if (q.cache != 0) {
+      drop_cache(q);
+      bytes = runner_.cost_bytes(tokens, q.cache_options);
+      continue;
+    }
     fail(q, Error(Code::out_of_memory, "prompt",
                   fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB", tokens, static_cast<double>(bytes) / 1e9,
                               static_cast<double>(limits_.memory_bytes) / 1e9)));
@@ -282,8 +324,8 @@ Engine::Admission Engine::admit(Sequence& q) {
     return Admission::failed;
   }
   q.reserved_tokens = tokens;
+  reserved_bytes_ += bytes - q.reserved_bytes;
   q.reserved_bytes = bytes;
-  reserved_bytes_ += bytes;
   q.running = true;
   std::erase(waiting_, q.id);
   running_.push_back(q.id);

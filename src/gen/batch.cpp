@@ -10,6 +10,8 @@
 
 #include "base/error.h"
 #include "gen/memory.h"
+#include "gen/shared_prefix.h"
+#include "plan/plan.h"
 #include "text/stop_matcher.h"
 
 namespace mlxlm::gen {
@@ -26,7 +28,7 @@ double peak_gb() {
 
 BatchGenerator::Stats stats_of(const engine::Counters& c, double start_s) {
   return {c.prompt_tokens, c.generated_tokens, c.steps,           c.drafted_tokens, c.accepted_tokens,
-          c.prompt_s,      c.decode_s,         now_s() - start_s, peak_gb()};
+          c.prompt_s,      c.decode_s,         now_s() - start_s, peak_gb(),        c.reused_tokens};
 }
 
 void set(engine::Request& r, const cache::Quantization& q) {
@@ -196,10 +198,28 @@ class AnswerText {
 };
 
 engine::Limits limits_of(const BatchRun& run) {
+  constexpr int64_t without_folder = int64_t{1} << 30;  // where no memory limit is known
   auto limits = run.limits;
-  if (run.prefixes.folder.empty() || limits.prefix_cache_bytes > 0) return limits;
-  limits.prefix_cache_bytes = limits.memory_bytes > 0 ? std::min(run.prefixes.bytes, limits.memory_bytes / 4) : run.prefixes.bytes;
+  if (limits.prefix_cache_bytes > 0) return limits;
+  const auto most = run.prefixes.folder.empty() ? limits.memory_bytes > 0 ? limits.memory_bytes : without_folder : run.prefixes.bytes;
+  limits.prefix_cache_bytes = limits.memory_bytes > 0 ? std::min(most, limits.memory_bytes / 4) : most;
   return limits;
+}
+
+/** Where each prompt leaves a copy of its cache: for others of the batch, and in a folder also for itself, where an end cannot be cut. */
+std::vector<std::vector<int>> boundaries_of(const arch::Model& model, const std::vector<BatchItem>& items, bool folder) {
+  constexpr int least_tokens = 16;
+  std::vector<std::span<const int>> prompts;
+  for (const auto& item : items) prompts.emplace_back(item.prompt);
+  auto boundaries = shared_prefixes(prompts, least_tokens);
+  const bool forgets = std::ranges::any_of(plan::cache_layout(model), [](const auto& layer) {
+    return layer.kind != plan::CacheKind::none && layer.kind != plan::CacheKind::full;
+  });
+  for (std::size_t i = 0; folder && forgets && i < items.size(); ++i) {
+    const int last = static_cast<int>(items[i].prompt.size()) - 1;
+    if (last >= least_tokens && (boundaries[i].empty() || boundaries[i].back() < last)) boundaries[i].push_back(last);
+  }
+  return boundaries;
 }
 
 class Batch {
@@ -208,6 +228,7 @@ class Batch {
       : tokenizer_(tokenizer),
         items_(items),
         run_(run),
+        boundaries_(boundaries_of(model.description(), items, !run.prefixes.folder.empty())),
         answers_(items.size()),
         runner_(model, run.limits, run.draft_model),
         engine_(runner_, limits_of(run)) {
@@ -239,7 +260,9 @@ class Batch {
                       .max_tokens = item.max_tokens,
                       .sampling = item.sampling,
                       .max_kv_size_tokens = item.max_kv_size_tokens,
-                      .drafts = item.drafts};
+                      .drafts = item.drafts,
+                      .store_at_end = !run_.prefixes.folder.empty(),  // no prompt of the batch begins with an answer of it
+                      .boundaries = boundaries_[i]};
     set(r, item.kv_quantization);
     if (!item.ignore_eos) {
       for (const int eos : tokenizer_.eos_token_ids()) r.stop.push_back({eos});
@@ -299,6 +322,7 @@ class Batch {
   const text::Tokenizer& tokenizer_;
   const std::vector<BatchItem>& items_;
   const BatchRun& run_;
+  std::vector<std::vector<int>> boundaries_;
   std::vector<BatchAnswer> answers_;
   ModelRunner runner_;
   std::unique_ptr<PrefixFiles> store_;

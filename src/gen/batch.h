@@ -67,6 +67,7 @@ class BatchGenerator {
     int64_t drafted_tokens = 0, accepted_tokens = 0;
     double prompt_s = 0, decode_s = 0, wall_s = 0;  // steps that carry prompt tokens, others, since the beginning
     double peak_memory_gb = 0;
+    int64_t reused_tokens = 0;  // of prompts: computed before
     double prompt_tps() const { return prompt_s > 0 ? static_cast<double>(prompt_tokens) / prompt_s : 0; }
     double generation_tps() const { return wall_s > 0 ? static_cast<double>(generation_tokens) / wall_s : 0; }
   };
@@ -132,7 +133,8 @@ struct BatchRun {
   model::CausalModel* draft_model = nullptr;
   std::function<void(const BatchGenerator::Stats&)> on_step{};
   const std::atomic<bool>* cancel = nullptr;
-  /** Prefixes that outlive the run; its engine's prefix_cache_bytes default to those of the folder, as memory allows. */
+  /** Prefixes that outlive the run. Its engine's prefix_cache_bytes, for these and for what prompts have in common, default to those of the
+   * folder or, without one, to a quarter of memory_bytes. */
   PrefixFolder prefixes{};
 };
 

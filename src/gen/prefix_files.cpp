@@ -1,15 +1,12 @@
 // One file a prefix, written beside and renamed; the tokens and the model stand in its metadata.
 #include "gen/prefix_files.h"
 
-#include <fcntl.h>
 #include <signal.h>
-#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <charconv>
 #include <chrono>
-#include <thread>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -29,25 +26,12 @@ constexpr std::size_t least_tokens = 64;  // fewer are computed again as fast
 const char* const model_key = "prefix_model";
 const char* const tokens_key = "prefix_tokens";
 const char* const trimmable_key = "prefix_trimmable";
+const char* const space_key = "prefix_space";  // absent = 0
 
 uint64_t hash_bytes(const void* data, std::size_t size, uint64_t hash = 14695981039346656037ull) {
   const auto* p = static_cast<const uint8_t*>(data);
   for (std::size_t i = 0; i < size; ++i) hash = (hash ^ p[i]) * 1099511628211ull;
   return hash;
-}
-
-bool is_ours(const std::string& name) {
-  return name.starts_with("prefix-") && name.ends_with(".safetensors");
-}
-
-/** The process that writes it, of "prefix-....safetensors.tmp123". */
-std::optional<int> writer_of(const std::string& name) {
-  const auto at = name.rfind(".safetensors.tmp");
-  if (!name.starts_with("prefix-") || at == std::string::npos) return std::nullopt;
-  int pid = 0;
-  const char *begin = name.data() + at + 16, *end = name.data() + name.size();
-  const auto [stop, error] = std::from_chars(begin, end, pid);
-  return error == std::errc() && stop == end && pid > 0 ? std::optional(pid) : std::nullopt;
 }
 
 std::optional<std::vector<int>> parse_tokens(const std::string& text) {
@@ -60,51 +44,6 @@ std::optional<std::vector<int>> parse_tokens(const std::string& text) {
     at = stop == end ? end : stop + 1;
   }
   return tokens;
-}
-
-/** Held by one process at a time; nobody waits for long. */
-class FolderLock {
- public:
-  explicit FolderLock(const fs::path& folder) : fd_(::open((folder / ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644)) {
-    for (int i = 0; fd_ >= 0 && !held_ && i < 40; ++i) {
-      held_ = ::flock(fd_, LOCK_EX | LOCK_NB) == 0;
-      if (!held_) std::this_thread::sleep_for(std::chrono::milliseconds(50));
-    }
-  }
-  ~FolderLock() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  FolderLock(const FolderLock&) = delete;
-  FolderLock& operator=(const FolderLock&) = delete;
-  bool held() const { return held_; }
-
- private:
-  int fd_;
-  bool held_ = false;
-};
-
-struct File {
-  fs::path path;
-  int64_t bytes = 0;
-  fs::file_time_type used{};
-};
-
-/** All that counts against the budget: prefixes, and what is being written or was left. */
-std::vector<File> files_of(const fs::path& folder) {
-  std::vector<File> list;
-  std::error_code error;
-  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) {
-    const auto name = at->path().filename().string();
-    if (!is_ours(name) && !writer_of(name)) continue;
-    std::error_code gone;
-    File file{.path = at->path()};
-    const auto bytes = fs::file_size(file.path, gone);
-    if (!gone) file.used = fs::last_write_time(file.path, gone);
-    if (gone) continue;
-    file.bytes = static_cast<int64_t>(bytes);
-    list.push_back(std::move(file));
-  }
-  return list;
 }
 
 /** Names what a model computes, weights included: from the bits of a few logits. */
@@ -127,9 +66,14 @@ PrefixFiles::PrefixFiles(PrefixFolder options, model::CausalModel& model, ModelR
   fs::create_directories(options_.folder, error);
   if (!fs::is_directory(options_.folder, error)) throw Error(Code::io, options_.folder.string(), "cannot be made a folder for prefixes");
   if (options_.bytes < 0) throw Error(Code::bad_request, "prefix cache", fmt::format("got {} bytes, wanted 0 or more", options_.bytes));
-  remove_leftovers();
-  if (const FolderLock lock(options_.folder); lock.held()) make_room(0);
+  clean_folder();
   read_folder();
+  writer_.emplace(options_.folder, options_.bytes);
+}
+
+PrefixFiles::~PrefixFiles() {
+  writer_->finish();
+  settle();
 }
 
 void PrefixFiles::warn(const std::string& text) const {
@@ -137,20 +81,41 @@ void PrefixFiles::warn(const std::string& text) const {
   warned_ = true;  // one is enough: nothing is lost but time
 }
 
-void PrefixFiles::remove_leftovers() const {
-  for (const auto& file : files_of(options_.folder)) {
-    const auto writer = writer_of(file.path.filename().string());
+/** Removes what dead writers left, and what is beyond the budget. */
+void PrefixFiles::clean_folder() {
+  const FolderLock lock(options_.folder);
+  if (!lock.held()) return;
+  for (const auto& file : prefix_files(options_.folder)) {
     const bool old = fs::file_time_type::clock::now() - file.used > std::chrono::hours(1);
     std::error_code ignored;
-    if (writer && (old || *writer == ::getpid() || (::kill(*writer, 0) != 0 && errno == ESRCH))) fs::remove(file.path, ignored);
+    if (!file.whole && (old || file.writer == ::getpid() || (::kill(file.writer, 0) != 0 && errno == ESRCH)))
+      fs::remove(file.path, ignored);
   }
+  std::vector<std::string> removed;
+  make_room_in_folder(options_.folder, options_.bytes, 0, removed);
 }
 
 void PrefixFiles::read_folder() {
-  for (const auto& file : files_of(options_.folder)) {
-    const auto name = file.path.filename().string();
-    if (is_ours(name)) read_file(name);
+  for (const auto& file : prefix_files(options_.folder)) {
+    if (file.whole) read_file(file.path.filename().string());
   }
+}
+
+/** Throws Error(bad_weights). */
+PrefixFiles::Held PrefixFiles::read_held(const fs::path& path, const std::map<std::string, std::string>& metadata) const {
+  const auto text = [&](const char* key) {
+    const auto found = metadata.find(key);
+    return found == metadata.end() ? std::string() : found->second;
+  };
+  auto tokens = parse_tokens(text(tokens_key));
+  if (!tokens || tokens->empty()) throw Error(Code::bad_weights, path.string(), "its tokens cannot be read");
+  Held held{.tokens = std::move(*tokens), .trimmable = text(trimmable_key) == "1"};
+  const auto space = text(space_key);
+  const auto [stop, error] = std::from_chars(space.data(), space.data() + space.size(), held.space);
+  if (!space.empty() && (error != std::errc() || stop != space.data() + space.size())) {
+    throw Error(Code::bad_weights, path.string(), "what its caches are like cannot be read");
+  }
+  return held;
 }
 
 /** False when it is not there, broken or of another model. */
@@ -158,16 +123,14 @@ bool PrefixFiles::read_file(const std::string& name) {
   const auto path = options_.folder / name;
   try {
     const auto metadata = cache::read_prompt_metadata(path);
-    const auto of = metadata.find(model_key), tokens = metadata.find(tokens_key), trimmable = metadata.find(trimmable_key);
-    if (of == metadata.end() || tokens == metadata.end()) throw Error(Code::bad_weights, path.string(), "is no stored prefix");
+    const auto of = metadata.find(model_key);
+    if (of == metadata.end() || !metadata.contains(tokens_key)) throw Error(Code::bad_weights, path.string(), "is no stored prefix");
     if (of->second != fingerprint_) return false;
-    auto parsed = parse_tokens(tokens->second);
-    if (!parsed || parsed->empty()) throw Error(Code::bad_weights, path.string(), "its tokens cannot be read");
+    auto held = read_held(path, metadata);
     std::error_code error;
-    const auto bytes = fs::file_size(path, error);
+    held.bytes = static_cast<int64_t>(fs::file_size(path, error));
     if (error) return false;
-    held_.insert_or_assign(name,
-                           Held{std::move(*parsed), trimmable != metadata.end() && trimmable->second == "1", static_cast<int64_t>(bytes)});
+    held_.insert_or_assign(name, std::move(held));
     return true;
   } catch (const Error& e) {
     if (e.code() != Code::not_found) warn(fmt::format("{}; ignored", e.what()));
@@ -177,11 +140,25 @@ bool PrefixFiles::read_file(const std::string& name) {
   return false;
 }
 
-std::pair<PrefixFiles::Files::const_iterator, int> PrefixFiles::best(std::span<const int> prompt) const {
+/** Learns what the writer has done. */
+void PrefixFiles::settle() {
+  for (auto& done : writer_->take_done()) {
+    for (const auto& name : done.removed) held_.erase(name);
+    auto written = pending_.extract(done.name);
+    if (done.bytes > 0 && written) {
+      written.mapped().bytes = done.bytes;
+      held_.insert_or_assign(done.name, std::move(written.mapped()));
+    }
+    if (!done.problem.empty()) warn(fmt::format("{}: {}; a prefix is not kept", options_.folder.string(), done.problem));
+  }
+}
+
+std::pair<PrefixFiles::Files::const_iterator, int> PrefixFiles::best(std::span<const int> prompt, uint64_t space) const {
   std::pair found(held_.end(), 0);
   if (prompt.size() < 2) return found;
   const auto usable = prompt.first(prompt.size() - 1);
   for (auto at = held_.begin(); at != held_.end(); ++at) {
+    if (at->second.space != space) continue;
     const auto& tokens = at->second.tokens;
     const int shared = static_cast<int>(std::ranges::mismatch(tokens, usable).in1 - tokens.begin());
     if (shared < static_cast<int>(tokens.size()) && !at->second.trimmable) continue;
@@ -191,14 +168,16 @@ std::pair<PrefixFiles::Files::const_iterator, int> PrefixFiles::best(std::span<c
   return found;
 }
 
-engine::PrefixStore::Found PrefixFiles::find(std::span<const int> prompt) noexcept {
-  const auto [at, tokens] = best(prompt);
+engine::PrefixStore::Found PrefixFiles::find(std::span<const int> prompt, uint64_t space) noexcept {
+  settle();
+  const auto [at, tokens] = best(prompt, space);
   if (at == held_.end() || tokens < static_cast<int>(least_tokens)) return {};
   return {tokens, at->second.bytes};
 }
 
-engine::PrefixStore::Loaded PrefixFiles::load(std::span<const int> prompt) noexcept {
-  const auto [at, tokens] = best(prompt);
+engine::PrefixStore::Loaded PrefixFiles::load(std::span<const int> prompt, uint64_t space) noexcept {
+  settle();
+  const auto [at, tokens] = best(prompt, space);
   if (at == held_.end()) return {};
   const auto path = options_.folder / at->first;
   auto entry = at->second;
@@ -206,7 +185,7 @@ engine::PrefixStore::Loaded PrefixFiles::load(std::span<const int> prompt) noexc
     // Another process may have written it anew, or something else of the same name.
     const auto name = at->first;
     held_.erase(at);
-    if (!read_file(name) || held_.at(name).tokens != entry.tokens) return {};
+    if (!read_file(name) || held_.at(name).tokens != entry.tokens || held_.at(name).space != space) return {};
     auto caches = cache::load_prompt_file(path, model_.description());
     if (cache::prompt_tokens(caches) != static_cast<int>(entry.tokens.size()) || cache::trimmable(caches) != entry.trimmable) {
       throw Error(Code::bad_weights, path.string(), "holds other tokens than it says");
@@ -224,56 +203,44 @@ engine::PrefixStore::Loaded PrefixFiles::load(std::span<const int> prompt) noexc
   return {};
 }
 
-/** Under the lock. The least recently used give way until so many bytes more fit; false when they never do. */
-bool PrefixFiles::make_room(int64_t bytes) {
-  if (bytes > options_.bytes) return false;
-  auto files = files_of(options_.folder);
-  std::ranges::sort(files, {}, &File::used);
-  int64_t total = bytes;
-  for (const auto& file : files) total += file.bytes;
-  for (const auto& file : files) {
-    if (total <= options_.bytes) return true;
-    const auto name = file.path.filename().string();
-    std::error_code error;
-    if (!is_ours(name) || !fs::remove(file.path, error)) continue;
-    held_.erase(name);
-    total -= file.bytes;
-  }
-  return total <= options_.bytes;
-}
-
-void PrefixFiles::save(engine::CacheId cache, std::span<const int> tokens) noexcept {
+void PrefixFiles::save(engine::CacheId cache, std::span<const int> tokens, uint64_t space) noexcept {
   try {
-    save_or_throw(cache, tokens);
+    settle();
+    save_or_throw(cache, tokens, space);
   } catch (const std::exception& e) {
     warn(fmt::format("{}: {}; a prefix is not kept", options_.folder.string(), e.what()));
   }
 }
 
-void PrefixFiles::save_or_throw(engine::CacheId cache, std::span<const int> tokens) {
-  if (tokens.size() < least_tokens) return;
-  // What adds less than a quarter to a stored one is not worth its bytes.
-  for (const auto& [name, held] : held_) {
+/** What adds less than a quarter to a stored one is not worth its bytes. */
+bool PrefixFiles::is_needless(std::span<const int> tokens, uint64_t space) const {
+  const auto serves = [&](const auto& item) {
+    const auto& held = item.second;
+    if (held.space != space) return false;
     const auto shared = static_cast<std::size_t>(std::ranges::mismatch(held.tokens, tokens).in2 - tokens.begin());
-    if (shared == tokens.size() ? held.trimmable || held.tokens.size() == shared : held.trimmable && shared >= tokens.size() / 4 * 3)
-      return;
-  }
+    return shared == tokens.size() ? held.trimmable || held.tokens.size() == shared : held.trimmable && shared >= tokens.size() / 4 * 3;
+  };
+  return std::ranges::any_of(held_, serves) || std::ranges::any_of(pending_, serves);
+}
+
+void PrefixFiles::save_or_throw(engine::CacheId cache, std::span<const int> tokens, uint64_t space) {
+  if (tokens.size() < least_tokens || is_needless(tokens, space)) return;
   const auto& caches = runner_.caches(cache);
   const bool trimmable = cache::trimmable(caches);
+  const auto bytes = cache::total_bytes(caches);
   const auto text = fmt::format("{}", fmt::join(tokens, " "));
-  const auto most_bytes = cache::total_bytes(caches) + static_cast<int64_t>(text.size() + 65536 + caches.size() * 2048);
-  const FolderLock lock(options_.folder);
-  if (!lock.held()) return;
-  if (!make_room(most_bytes)) {
+  cache::PromptMetadata metadata{{model_key, fingerprint_}, {tokens_key, text}, {trimmable_key, trimmable ? "1" : "0"}};
+  if (space != 0) metadata[space_key] = std::to_string(space);
+  auto content = cache::prompt_file_bytes(caches, model_.description(), std::move(metadata));
+  if (static_cast<int64_t>(content.size()) > options_.bytes) {
     throw Error(Code::bad_request, "prefix cache",
-                fmt::format("{} tokens may take {} bytes, of {} for the folder", tokens.size(), most_bytes, options_.bytes));
+                fmt::format("{} tokens take {} bytes, of {} for the folder", tokens.size(), content.size(), options_.bytes));
   }
-  const auto hash = hash_bytes(tokens.data(), tokens.size_bytes(), hash_bytes(fingerprint_.data(), fingerprint_.size()));
+  auto hash = hash_bytes(tokens.data(), tokens.size_bytes(), hash_bytes(fingerprint_.data(), fingerprint_.size()));
+  if (space != 0) hash = hash_bytes(&space, sizeof(space), hash);
   const auto name = fmt::format("prefix-{:016x}.safetensors", hash);
-  const auto path = options_.folder / name;
-  cache::save_prompt_file(path, caches, model_.description(),
-                          {{model_key, fingerprint_}, {tokens_key, text}, {trimmable_key, trimmable ? "1" : "0"}});
-  held_.insert_or_assign(name, Held{{tokens.begin(), tokens.end()}, trimmable, static_cast<int64_t>(fs::file_size(path))});
+  pending_.insert_or_assign(name, Held{{tokens.begin(), tokens.end()}, space, trimmable, bytes});
+  writer_->add({name, std::move(content)});
 }
 
 }  // namespace mlxlm::gen

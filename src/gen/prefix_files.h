@@ -4,10 +4,12 @@
 #include <filesystem>
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "engine/prefix_store.h"
+#include "gen/prefix_writer.h"
 #include "gen/runner.h"
 
 namespace mlxlm::gen {
@@ -24,36 +26,42 @@ class PrefixFiles final : public engine::PrefixStore {
   /** Makes the folder, removes what writers that died have left, and reads which prefixes there are. Throws Error(io) when the folder
    * cannot be had. `runner` must live as long. */
   PrefixFiles(PrefixFolder options, model::CausalModel& model, ModelRunner& runner);
+  /** Waits until what was saved is written. */
+  ~PrefixFiles() override;
 
-  Found find(std::span<const int> prompt) noexcept override;
-  Loaded load(std::span<const int> prompt) noexcept override;
-  void save(engine::CacheId cache, std::span<const int> tokens) noexcept override;
+  Found find(std::span<const int> prompt, uint64_t space) noexcept override;
+  Loaded load(std::span<const int> prompt, uint64_t space) noexcept override;
+  void save(engine::CacheId cache, std::span<const int> tokens, uint64_t space) noexcept override;
 
   std::size_t size() const { return held_.size(); }
 
  private:
   struct Held {
     std::vector<int> tokens;
+    uint64_t space = 0;
     bool trimmable = false;
     int64_t bytes = 0;
   };
   using Files = std::map<std::string, Held>;  // by name
 
+  void clean_folder();
   void read_folder();
-  void remove_leftovers() const;
   bool read_file(const std::string& name);
-  std::pair<Files::const_iterator, int> best(std::span<const int> prompt) const;
-  bool make_room(int64_t bytes);
-  void save_or_throw(engine::CacheId cache, std::span<const int> tokens);
+  Held read_held(const std::filesystem::path& path, const std::map<std::string, std::string>& metadata) const;
+  void settle();
+  std::pair<Files::const_iterator, int> best(std::span<const int> prompt, uint64_t space) const;
+  bool is_needless(std::span<const int> tokens, uint64_t space) const;
+  void save_or_throw(engine::CacheId cache, std::span<const int> tokens, uint64_t space);
   void warn(const std::string& text) const;
 
   PrefixFolder options_;
   model::CausalModel& model_;
   ModelRunner& runner_;
   std::string fingerprint_;
-  Files held_;
+  Files held_, pending_;  // pending: not yet written
   std::vector<int> loaded_tokens_;
   mutable bool warned_ = false;
+  std::optional<PrefixWriter> writer_;  // there once the folder is
 };
 
 }  // namespace mlxlm::gen

@@ -289,13 +289,17 @@ struct ModelDrafter::Drawing {
   std::vector<int> so_far;  // history and draft
   Draft draft{};
   std::vector<mx::array> probabilities{};
-  std::optional<mx::array> token{};  // drawn, not read yet
+  std::optional<mx::array> token{};        // drawn, not read yet
+  std::optional<sample::Sampler> ahead{};  // draws with the random numbers that the target will draw with
 };
 
 void ModelDrafter::draw(const mx::array& logits, Drawing& d) {
   const auto row = scores(logits, d.so_far);
   if (sampler_.greedy()) {
     d.token = sampler_(row);
+  } else if (sampler_.draws_ahead()) {
+    if (!d.ahead) d.ahead = sampler_;
+    d.token = (*d.ahead)(row);
   } else {
     d.probabilities.push_back(sampler_.probabilities(row));
     d.token = sampler_.draw(d.probabilities.back());

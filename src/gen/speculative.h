@@ -56,7 +56,7 @@ class Trail {
 
 struct Draft {
   std::vector<int> tokens;
-  std::optional<mx::array> probabilities{};  // [k, V] that each was drawn from; none = not drawn
+  std::optional<mx::array> probabilities{};  // [k, V] that each was drawn from; none = not drawn, or with the target's random numbers
 };
 
 /** Thread: the one that owns MLX. */

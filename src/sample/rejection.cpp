@@ -1,4 +1,4 @@
-// Drafts judged by rejection sampling: whatever the drafts were, the tokens that come out are distributed as the model's own.
+// Drafts judged, by drawing or by rejection sampling: whatever they were, the tokens that come out are distributed as the model's own.
 #include <mlx/ops.h>
 #include <mlx/random.h>
 #include <mlx/transforms.h>
@@ -44,6 +44,15 @@ mx::array Sampler::draw(const mx::array& weights) {
   return mx::astype(mx::random::categorical(mx::log(weights), -1, next_key()), mx::int32);
 }
 
+/** The tokens of operator(), one set of random numbers each, up to the first that the draft has not. */
+Verdict Sampler::judge_by_drawing(const mx::array& logprobs, const std::vector<int>& draft) {
+  const int count = static_cast<int>(draft.size());
+  for (int i = 0;; ++i) {
+    const int token = (*this)(row(logprobs, i)).item<int>();
+    if (i == count || token != draft[i]) return {i, token};
+  }
+}
+
 Verdict Sampler::judge(const mx::array& logprobs, const std::vector<int>& draft, const std::optional<mx::array>& draft_probabilities) {
   const int count = static_cast<int>(draft.size());
   if (logprobs.ndim() != 2 || logprobs.shape(0) != count + 1 ||
@@ -51,20 +60,16 @@ Verdict Sampler::judge(const mx::array& logprobs, const std::vector<int>& draft,
     throw Error(Code::internal, "judge", "the rows do not fit the draft");
   }
   if (greedy()) return judge_greedily(logprobs, draft);
+  if (count == 0 || !draft_probabilities) return judge_by_drawing(logprobs, draft);
   const auto wanted = probabilities(logprobs);
+  const auto p = picked(wanted, draft), q = picked(*draft_probabilities, draft);
+  auto coins = mx::random::uniform(mx::array(0.f), mx::array(1.f), {count}, mx::float32, next_key());
+  mx::eval(coins);
   int accepted = 0;
-  if (count > 0) {
-    const auto p = picked(wanted, draft);
-    const auto q = draft_probabilities ? picked(*draft_probabilities, draft) : std::vector<float>(draft.size(), 1.f);
-    auto coins = mx::random::uniform(mx::array(0.f), mx::array(1.f), {count}, mx::float32, next_key());
-    mx::eval(coins);
-    while (accepted < count && coins.data<float>()[accepted] * q[accepted] < p[accepted]) ++accepted;
-  }
+  while (accepted < count && coins.data<float>()[accepted] * q[accepted] < p[accepted]) ++accepted;
   auto weights = row(wanted, accepted);
   if (accepted < count) {
-    const auto left = draft_probabilities
-                          ? mx::maximum(mx::subtract(weights, row(*draft_probabilities, accepted)), mx::array(0.f))
-                          : mx::put_along_axis(weights, mx::array({draft[accepted]}, {1, 1}, mx::int32), mx::array(0.f), -1);
+    const auto left = mx::maximum(mx::subtract(weights, row(*draft_probabilities, accepted)), mx::array(0.f));
     // Nothing is left when both are the same but for rounding.
     if (mx::sum(left).item<float>() > 0.f) weights = left;
   }

@@ -23,6 +23,7 @@ struct SamplerOptions {
   float xtc_threshold = 0.1f;
   std::vector<int> xtc_special_tokens{};
   std::optional<uint64_t> seed{};
+  bool rejects_drafts = false;  // with a seed, too: see Sampler::draws_ahead()
 };
 
 /** Throws Error(bad_request) naming the option, its value and its range. vocab 0 = not known yet. */
@@ -52,14 +53,19 @@ class Sampler {
   /** One draw a row, int32 [B], from weights [B, V] of any sum above 0. */
   mx::array draw(const mx::array& weights);
   /** Judges `draft`, k tokens, by the model's logprobs [k+1, V] after each of its prefixes, so that what comes out has the distribution of
-   *  operator(). draft_probabilities [k, V]: what each was drawn from (as probabilities() gives it); none = they were not drawn at all.
+   *  operator(). Without draft_probabilities it is what operator() would draw one by one, with the same random numbers: the draft stands as
+   *  far as it is that. draft_probabilities [k, V]: what each was drawn from (as probabilities() gives it), with random numbers of its own;
+   *  more of the draft stands then, but what comes out depends on it.
    *  Reference: Leviathan, Kalman, Matias 2023, "Fast inference from transformers via speculative decoding" (mlx_lm demands equality). */
   Verdict judge(const mx::array& logprobs, const std::vector<int>& draft,
                 const std::optional<mx::array>& draft_probabilities = std::nullopt);
   bool greedy() const { return options_.temperature == 0.f; }
+  /** Whether a draft model is to draw with copies of this sampler: with a seed, whose tokens are then the same whatever was drafted. */
+  bool draws_ahead() const { return !greedy() && options_.seed.has_value() && !options_.rejects_drafts; }
 
  private:
   mx::array next_key();
+  Verdict judge_by_drawing(const mx::array& logprobs, const std::vector<int>& draft);
   mx::array filtered(const mx::array& logprobs);
   bool has_kernel(const mx::array& logprobs) const;
   SamplerOptions options_;

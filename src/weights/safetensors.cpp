@@ -95,16 +95,17 @@ std::vector<TensorInfo> list_folder(const std::filesystem::path& folder) {
   return list;
 }
 
-void save_safetensors(const std::filesystem::path& file, const Tensors& tensors, const std::map<std::string, std::string>& metadata) {
+namespace {
+
+/** What stands before the data. */
+std::string header_of(const std::string& where, const Tensors& tensors, const std::map<std::string, std::string>& metadata) {
   const auto dtypes = safetensors_dtypes();
   json header = json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   uint64_t offset = 0;
-  std::vector<mx::array> rows;
   for (const auto& [name, value] : tensors) {
-    rows.push_back(mx::contiguous(value));
     const auto known = std::ranges::find(dtypes, value.dtype(), &DtypeName::dtype);
-    if (known == dtypes.end()) throw Error(Code::unsupported, file.string(), shown_name(name) + ": dtype cannot be stored");
+    if (known == dtypes.end()) throw Error(Code::unsupported, where, shown_name(name) + ": dtype cannot be stored");
     json entry = {{"dtype", known->name},
                   {"shape", std::vector<int>(value.shape().begin(), value.shape().end())},
                   {"data_offsets", {offset, offset + value.nbytes()}}};
@@ -116,7 +117,26 @@ void save_safetensors(const std::filesystem::path& file, const Tensors& tensors,
   const uint64_t length = text.size();
   std::string start(reinterpret_cast<const char*>(&length), 8);
   start += text;
+  return start;
+}
 
+}  // namespace
+
+std::string safetensors_bytes(const std::string& where, const Tensors& tensors, const std::map<std::string, std::string>& metadata) {
+  auto bytes = header_of(where, tensors, metadata);
+  std::size_t size = bytes.size();
+  for (const auto& [name, value] : tensors) size += value.nbytes();
+  bytes.reserve(size);
+  for (const auto& [name, value] : tensors) {
+    auto row = mx::contiguous(value);
+    mx::eval(row);
+    bytes.append(row.data<char>(), row.nbytes());
+  }
+  return bytes;
+}
+
+void save_safetensors(const std::filesystem::path& file, const Tensors& tensors, const std::map<std::string, std::string>& metadata) {
+  const auto start = header_of(file.string(), tensors, metadata);
   const std::filesystem::path beside = file.string() + ".tmp" + std::to_string(::getpid());
   const auto fail = [&](const char* verb) {
     const int error = errno;
@@ -138,10 +158,10 @@ void save_safetensors(const std::filesystem::path& file, const Tensors& tensors,
     }
   };
   write_all(start.data(), start.size());
-  for (auto& row : rows) {
+  for (const auto& [name, value] : tensors) {
+    auto row = mx::contiguous(value);  // one copy at a time
     mx::eval(row);
     write_all(row.data<char>(), row.nbytes());
-    row = mx::array(0.f);  // lets go of a copy that was made for writing
   }
   if (::fsync(fd) != 0) {
     ::close(fd);

@@ -49,6 +49,9 @@ std::vector<TensorInfo> list_folder(const std::filesystem::path& folder);
 /** Writes a .safetensors file atomically; names sorted, metadata strings as given. */
 void save_safetensors(const std::filesystem::path& file, const Tensors& tensors, const std::map<std::string, std::string>& metadata = {});
 
+/** The content of such a file; `where` names it in errors. */
+std::string safetensors_bytes(const std::string& where, const Tensors& tensors, const std::map<std::string, std::string>& metadata = {});
+
 /** Applies rules in order. Throws Error(bad_weights) for gaps in stacked experts. */
 void apply_rules(Tensors& tensors, const arch::Model& model);
 

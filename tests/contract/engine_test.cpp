@@ -311,18 +311,18 @@ TEST(Engine, MemoryThatCannotBeHadAtAdmission) {
 /** A store of one prefix that counts how often it is read. */
 struct ScriptedStore final : PrefixStore {
   ScriptedStore(ScriptedRunner& runner, std::vector<int> tokens) : runner(runner), tokens(std::move(tokens)) {}
-  Found find(std::span<const int> prompt) noexcept override {
+  Found find(std::span<const int> prompt, uint64_t) noexcept override {
     const auto usable = prompt.first(prompt.size() - 1);
     const auto shared = std::ranges::mismatch(tokens, usable).in1 - tokens.begin();
     return {static_cast<int>(shared), runner.cost_bytes(static_cast<int64_t>(tokens.size()), {})};
   }
-  Loaded load(std::span<const int>) noexcept override {
+  Loaded load(std::span<const int>, uint64_t) noexcept override {
     ++reads;
     if (gone) return {};
     runner.caches[++runner.last] = {tokens};
     return {runner.last, tokens};
   }
-  void save(CacheId, std::span<const int>) noexcept override {}
+  void save(CacheId, std::span<const int>, uint64_t) noexcept override {}
 
   ScriptedRunner& runner;
   std::vector<int> tokens;
@@ -403,6 +403,39 @@ TEST(Engine, CachesAreHandedOverAndTakenUp) {
   const auto given = b.runner.reserve(5, {});
   EXPECT_THROW(b.submit({.tokens = {1}, .cache = given, .cache_tokens = {1, 2}}), Error);
   EXPECT_FALSE(b.runner.caches.contains(given));
+}
+
+/** Caches that waiting requests have brought take memory, and give way before a request fails. */
+TEST(Engine, BroughtCachesCountWhileTheirRequestsWait) {
+  Bench b({.max_sequences = 1, .memory_bytes = 1000});
+  const auto bring = [&](int salt, int held) {
+    Request r{.tokens = prompt_of(5, salt), .max_tokens = 5};
+    r.cache_tokens = prompt_of(held, salt + 50);
+    r.cache = b.runner.reserve(held, {});
+    b.runner.caches.at(r.cache).tokens = r.cache_tokens;
+    return r;
+  };
+  std::vector<Request> requests;
+  std::vector<SequenceId> ids;
+  ids.push_back(b.submit(requests.emplace_back(Request{.tokens = prompt_of(60), .max_tokens = 20})));  // 330 bytes
+  b.step();
+  for (int i = 1; i < 4; ++i) {  // 250 bytes each: the last one does not fit any more
+    ids.push_back(b.submit(requests.emplace_back(bring(i, 60))));
+    b.check();
+  }
+  EXPECT_EQ(b.engine->memory().reserved_bytes, 330 + 2 * 250);
+  EXPECT_EQ(b.engine->memory().held_bytes, 250 + 2 * 250);
+  b.drain();
+  EXPECT_SOUND(b);
+  for (std::size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(b.answers[ids[i]], alone(requests[i])) << i;
+  // Nobody runs, and the first in the queue needs the room that the second one's cache takes.
+  const auto large = b.submit(requests.emplace_back(Request{.tokens = prompt_of(100), .max_tokens = 100}));
+  const auto second = b.submit(requests.emplace_back(bring(7, 60)));
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(b.answers[large].size(), 100u);
+  EXPECT_EQ(b.answers[second], alone(requests.back()));
+  EXPECT_TRUE(b.runner.caches.empty());
 }
 
 TEST(Engine, MasksSeeEveryTokenOnceAndMayFail) {

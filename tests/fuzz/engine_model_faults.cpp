@@ -1,5 +1,8 @@
 // Faults that mlx_lm had or has, each as it would show here, and what a row may ask for: masks, log-probabilities, caches in and out.
+#include <unistd.h>
+
 #include <algorithm>
+#include <filesystem>
 #include <future>
 #include <limits>
 #include <thread>
@@ -434,6 +437,30 @@ TEST_P(Faults, BatchGenerateGivesTheTextsOfStreamGenerate) {
     }
   }
   EXPECT_GT(stats.generation_tokens, 60);
+}
+
+/** What prompts have in common is computed once, also where caches cannot be cut; from a folder not even that. */
+TEST_P(Faults, ABatchSharesItsPrefixes) {
+  std::vector<gen::BatchItem> items;
+  for (int i = 0; i < 8; ++i) {
+    auto tokens = prompt(112, 3);
+    tokens[100] = i;  // the first that differs
+    items.push_back({.prompt = tokens, .max_tokens = 6});
+  }
+  const auto folder = std::filesystem::temp_directory_path() / ("mlxlm-batch-" + std::to_string(::getpid()));
+  std::filesystem::remove_all(folder);
+  for (const bool keeps : {false, true}) {
+    for (int round = 0; round < 2; ++round) {
+      SCOPED_TRACE(std::to_string(keeps) + " " + std::to_string(round));
+      gen::BatchGenerator::Stats stats;
+      gen::BatchRun run;
+      if (keeps) run.prefixes.folder = folder;
+      const auto answers = gen::batch_generate(*model_, tokenizer(), items, run, &stats);
+      EXPECT_GE(stats.reused_tokens, keeps && round == 1 ? 800 : 700);
+      for (std::size_t i = 0; i < items.size(); ++i) EXPECT_EQ(answers[i].tokens, run_alone(*model_, items[i].prompt, 6)) << i;
+    }
+  }
+  std::filesystem::remove_all(folder);
 }
 
 TEST_P(Faults, CancelKeepsWhatIsDone) {

@@ -1,6 +1,9 @@
 // Prefixes in a folder: found after a restart, whatever else lies there.
+#include <chrono>
 #include <csignal>
 #include <fstream>
+#include <functional>
+#include <thread>
 
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -44,7 +47,7 @@ class PrefixFolderTest : public testing::Test {
   };
   /** As a process of its own would: nothing but the folder stays. */
   Result run(model::CausalModel& model, const std::vector<Tokens>& prompts, int64_t bytes = 1 << 30,
-             const std::vector<int>& boundaries = {}) {
+             const std::vector<int>& boundaries = {}, const std::function<void(engine::Request&)>& change = {}) {
     const engine::Limits limits{.prefix_cache_bytes = 1 << 28};
     gen::ModelRunner runner(model, limits);
     gen::PrefixFiles store({folder_, bytes, [&](const std::string& text) { warnings_.push_back(text); }}, model, runner);
@@ -57,6 +60,7 @@ class PrefixFolderTest : public testing::Test {
       r.tokens = prompts[i];
       r.max_tokens = 12;
       r.boundaries = boundaries;
+      if (change) change(r);
       index[engine.submit(std::move(r))] = i;
     }
     while (engine.has_work()) {
@@ -79,7 +83,11 @@ class PrefixFolderTest : public testing::Test {
   }
   int64_t folder_bytes() const {
     int64_t total = 0;
-    for (const auto& f : files()) total += static_cast<int64_t>(fs::file_size(f));
+    for (const auto& f : files()) {
+      std::error_code gone;  // another thread writes and renames
+      const auto bytes = fs::file_size(f, gone);
+      if (!gone) total += static_cast<int64_t>(bytes);
+    }
     return total;
   }
 
@@ -121,6 +129,57 @@ TEST_F(PrefixFolderTest, KeepsSnapshots) {
     fs::remove_all(folder_);
     EXPECT_EQ(run(*model, {prompt(2)}, 1 << 30, {100}).answers, again.answers);
   }
+  EXPECT_TRUE(warnings_.empty());
+}
+
+/** Caches with a limit and quantized ones are kept, too, each for its like. */
+TEST_F(PrefixFolderTest, CachesOfOtherKindsAreKeptApart) {
+  const std::vector<std::function<void(engine::Request&)>> kinds{
+      [](auto&) {},
+      [](auto& r) { r.max_kv_size_tokens = 400; },
+      [](auto& r) { r.kv_bits = 8, r.kv_group_size = 32, r.quantized_kv_start = 20; },
+      [](auto& r) { r.kv_bits = 4, r.kv_group_size = 32, r.quantized_kv_start = 20; },
+  };
+  const auto model = model_named("mistral.q4");
+  for (std::size_t i = 0; i < kinds.size(); ++i) {
+    SCOPED_TRACE(i);
+    const auto first = run(*model, {tokens(150)}, 1 << 30, {}, kinds[i]);
+    EXPECT_EQ(first.found, i);
+    EXPECT_EQ(first.reused, 0) << "of another kind";
+    EXPECT_EQ(files().size(), i + 1);
+    const auto again = run(*model, {tokens(150)}, 1 << 30, {}, kinds[i]);
+    EXPECT_EQ(again.reused, 149);
+    EXPECT_EQ(again.answers, first.answers);
+  }
+  EXPECT_TRUE(warnings_.empty());
+}
+
+/** Another process has the folder: no step waits for it, and what was to be written is, once it is free. */
+TEST_F(PrefixFolderTest, NoStepWaitsForTheDisk) {
+  fs::create_directories(folder_);
+  auto other = std::make_unique<gen::FolderLock>(folder_);
+  ASSERT_TRUE(other->held());
+  const engine::Limits limits{.prefix_cache_bytes = 1 << 28};
+  gen::ModelRunner runner(*model_, limits);
+  other.reset();
+  gen::PrefixFiles store({folder_, 1 << 30, [&](const std::string& text) { warnings_.push_back(text); }}, *model_, runner);
+  other = std::make_unique<gen::FolderLock>(folder_);
+  {
+    engine::Engine engine(runner, limits);
+    engine.set_store(&store);
+    engine::Request r;
+    r.tokens = tokens(150);
+    r.max_tokens = 4;
+    r.boundaries = {100};
+    engine.submit(std::move(r));
+    double longest_s = 0;
+    while (engine.has_work()) longest_s = std::max(longest_s, engine.step().seconds);
+    EXPECT_LT(longest_s, 1.) << "the lock is waited for for two seconds";
+    EXPECT_TRUE(files().empty());
+    other.reset();
+  }
+  for (int i = 0; i < 200 && files().empty(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  EXPECT_FALSE(files().empty());
   EXPECT_TRUE(warnings_.empty());
 }
 
@@ -205,8 +264,8 @@ TEST_F(PrefixFolderTest, FilesMayVanish) {
   gen::PrefixFiles store({folder_, 1 << 30, [&](const std::string& text) { warnings_.push_back(text); }}, *model_, runner);
   ASSERT_EQ(store.size(), 1u);
   fs::remove(files().at(0));
-  EXPECT_EQ(store.load(tokens(150)).cache, 0);
-  EXPECT_EQ(store.find(tokens(150)).usable_tokens, 0);
+  EXPECT_EQ(store.load(tokens(150), 0).cache, 0);
+  EXPECT_EQ(store.find(tokens(150), 0).usable_tokens, 0);
   EXPECT_TRUE(warnings_.empty());
 }
 

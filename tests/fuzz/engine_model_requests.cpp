@@ -24,8 +24,8 @@ const text::Tokenizer& tokenizer() {
   return shared;
 }
 
-/** The same by gen::stream_generate, in chunks of its own. */
-std::vector<int> run_alone(model::CausalModel& model, const Request& r, int chunk_tokens, model::CausalModel* draft_model) {
+/** The same by gen::stream_generate, in chunks of its own and without drafts. */
+std::vector<int> run_alone(model::CausalModel& model, const Request& r, int chunk_tokens) {
   gen::Options o;
   o.max_tokens = r.max_tokens;
   o.sampler = gen::sampler_options(r.sampling);
@@ -33,14 +33,6 @@ std::vector<int> run_alone(model::CausalModel& model, const Request& r, int chun
   o.max_kv_size_tokens = r.max_kv_size_tokens;
   o.prefill_step_tokens = chunk_tokens;
   o.kv_quantization = {r.kv_bits, r.kv_group_size, r.quantized_kv_start};
-  // Greedy answers are those without drafts; draws are those with the same drafts.
-  if (r.sampling.temperature > 0) {
-    o.ngram_draft_tokens = r.drafts.ngram_tokens;
-    if (r.drafts.model_tokens > 0) {
-      o.draft_model = draft_model;
-      o.draft_tokens = r.drafts.model_tokens;
-    }
-  }
   o.ignore_eos = true;
   o.want_logprob = r.sampling.want_logprob || r.sampling.top_logprobs > 0;
   std::vector<int> tokens;
@@ -70,9 +62,10 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
 
   Request request() {
     Request r;
-    // Few beginnings, so that prefixes are shared.
-    const int family = pick(0, 2), length = pick(0, 9) == 0 ? pick(200, 400) : pick(1, 60);  // beyond a block of the caches
-    for (int i = 0; i < length; ++i) r.tokens.push_back(((i * 37 + family * 11 + i * i) ^ (i > 30 ? pick(0, 3) : 0)) % vocab_);
+    // Few beginnings, so that prefixes are shared: mostly short ones, and some beyond a block of the caches, of which memory is shared.
+    const bool is_long = pick(0, 4) == 0;
+    const int family = pick(0, 2), length = is_long ? pick(100, 400) : pick(1, 60), same = is_long ? pick(64, 300) : 30;
+    for (int i = 0; i < length; ++i) r.tokens.push_back(((i * 37 + family * 11 + i * i) ^ (i > same ? pick(0, 3) : 0)) % vocab_);
     r.max_tokens = pick(1, 24);
     auto& s = r.sampling;
     if (pick(0, 1)) {
@@ -96,7 +89,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
       r.kv_group_size = 32;
       r.quantized_kv_start = pick(0, 1) ? 0 : pick(1, 70);
     }
-    if (pick(0, 1) && (s.temperature == 0 || !drafts_are_cut_)) (pick(0, 1) ? r.drafts.ngram_tokens : r.drafts.model_tokens) = pick(1, 7);
+    if (pick(0, 1)) (pick(0, 1) ? r.drafts.ngram_tokens : r.drafts.model_tokens) = pick(1, 7);
     return r;
   }
 
@@ -108,9 +101,8 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
                   .least_prefill_tokens = pick(1, 8),
                   .prefix_cache_bytes = pick(0, 1) ? 1 << 22 : 0};
     if (pick(0, 1)) limits.step_tokens = pick(2, 40);
-    drafts_are_cut_ = limits.step_tokens > 0;
     if (pick(0, 2) == 0) limits.limited_chunk_tokens = pick(1, 50);
-    limits.draft_tokens = 1000;  // nobody's are cut
+    if (pick(0, 1)) limits.draft_tokens = pick(0, 20);
     gen::ModelRunner runner(*model_, limits, draft_model_.get());
     if (pick(0, 1)) limits.memory_bytes = 4 * runner.cost_bytes(430, {.with_drafts = true}) + limits.prefix_cache_bytes;
     Told told;
@@ -165,7 +157,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
   void compare(SequenceId id, const Request& r, Told& told, const Limits& limits) {
     // What a limited cache forgets depends on the chunks, alone as well.
     const bool limited = (r.max_kv_size_tokens > 0 && r.tokens.size() > static_cast<std::size_t>(r.max_kv_size_tokens)) || r.kv_bits > 0;
-    const auto wanted = run_alone(*model_, r, limited ? limits.limited_chunk_tokens : pick(1, 64), draft_model_.get());
+    const auto wanted = run_alone(*model_, r, limited ? limits.limited_chunk_tokens : pick(1, 64));
     const auto& got = told.answers[id];
     if (told.ends.at(id) == Finish::length) {
       EXPECT_EQ(got, wanted) << "request " << id << " of " << told.requests.size() << ": prompt " << r.tokens.size() << ", max_kv "
@@ -181,7 +173,7 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
 
   std::mt19937 random_;
   std::unique_ptr<model::CausalModel> model_, draft_model_;
-  bool quantizable_ = true, drafts_are_cut_ = false;
+  bool quantizable_ = true;
   int vocab_ = 0;
 };
 

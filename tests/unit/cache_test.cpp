@@ -12,6 +12,7 @@
 #include "base/files.h"
 #include "base/json.h"
 #include "cache/cache.h"
+#include "cache/prompt_file.h"
 
 namespace mlxlm::cache {
 namespace {
@@ -257,6 +258,37 @@ TEST(Caches, TrimForgetsNoMoreThanThereIs) {
   EXPECT_FALSE(rotating.trimmable());
   EXPECT_EQ(rotating.trim(1), 0);  // what it would need is overwritten
   EXPECT_EQ(rotating.offset(), 4);
+}
+
+/** A chunk that is not the first can be cut back to where it begins; several layers only by what all can forget. */
+TEST(Caches, TrimWithinAChunk) {
+  const auto chunked = [](int tokens) {
+    auto c = std::make_unique<ChunkedKvCache>(8);
+    for (int i = 0; i < tokens; ++i) c->update(rows(i, 1, 1, kKeyDims, 1), rows(i, 1, 1, kValueDims, -1));
+    return c;
+  };
+  const auto c = chunked(13);
+  EXPECT_FALSE(c->trimmable());
+  EXPECT_EQ(c->trimmable_tokens(), 5);
+  EXPECT_EQ(c->trim(3), 3);
+  EXPECT_EQ(c->offset(), 10);
+  const auto [k, v] = c->update(rows(20, 2, 1, kKeyDims, 1), rows(20, 2, 1, kValueDims, -1));
+  EXPECT_EQ(tokens_of(k, 1), (std::vector<int>{8, 9, 20, 21}));
+  EXPECT_EQ(tokens_of(v, -1), (std::vector<int>{8, 9, 20, 21}));
+  EXPECT_EQ(c->trim(100), 4);
+  EXPECT_EQ(c->offset(), 8);
+  EXPECT_EQ(c->trim(1), 0);
+  for (const int n : {5, 6}) {
+    Caches layers;
+    layers.push_back(chunked(13));
+    layers.push_back(nullptr);
+    auto whole = std::make_unique<KvCache>();
+    whole->update(rows(0, 13, 1, kKeyDims, 1), rows(0, 13, 1, kValueDims, -1));
+    layers.push_back(std::move(whole));
+    EXPECT_EQ(trim(layers, n), n == 5 ? 5 : 0);
+    EXPECT_EQ(layers[0]->offset(), n == 5 ? 8 : 13);
+    EXPECT_EQ(layers[2]->offset(), n == 5 ? 8 : 13);
+  }
 }
 
 TEST(Caches, Recurrent) {

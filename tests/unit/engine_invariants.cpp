@@ -53,7 +53,11 @@ TEST(Invariants, EachViolationIsNamed) {
       [](auto& s) { s.sequences[0].max_tokens = 2; },
       [](auto& s) { s.sequences[0].held.bytes = 101; },
       [](auto& s) { s.sequences[0].reserved_tokens = 4; },
-      [](auto& s) { s.sequences[1].reserved_bytes = 5; },
+      [](auto& s) { s.sequences[1].reserved_bytes = s.reserved_bytes = 5; },
+      [](auto& s) {
+        s.sequences[1].cache = 13;
+        s.sequences[1].held.bytes = 5;
+      },
       [](auto& s) { s.sequences[1].cache = 11; },
       [](auto& s) { s.sequences[1].computed_tokens = 1; },
       [](auto& s) { s.stored[0].cache = 11; },

@@ -150,12 +150,45 @@ TEST(PrefixReuse, RoomIsMadeBeforeACopyIsMade) {
   EXPECT_TRUE(b.violations.empty()) << b.violations.front();
   EXPECT_GT(most, 210);
   EXPECT_LE(most, 600);
-  // Two that run at once store the same: one copy.
-  Bench c({.prefix_cache_bytes = 6000});
-  c.runner.trimmable = false;
-  for (int i = 0; i < 2; ++i) c.submit({.tokens = prompt_of(60), .max_tokens = 1, .boundaries = {50}});
+}
+
+/** Prompts that come at once with one that will store their beginning wait for it, be it snapshots or not, and nobody waits in vain. */
+TEST(PrefixReuse, PromptsWaitForWhatIsAboutToBeStored) {
+  for (const bool trimmable : {true, false}) {
+    Bench b({.prefill_tokens = 30, .prefix_cache_bytes = 6000});
+    b.runner.trimmable = trimmable;
+    std::vector<SequenceId> ids;
+    for (int i = 0; i < 8; ++i) {
+      Request r{.tokens = prompt_of(60), .max_tokens = 4, .boundaries = {50}};
+      r.tokens[55] = i;
+      ids.push_back(b.submit(r));
+    }
+    b.drain();
+    EXPECT_TRUE(b.violations.empty()) << b.violations.front();
+    for (std::size_t i = 1; i < ids.size(); ++i) EXPECT_GE(b.last.at(ids[i]).reused_tokens, 50);
+    EXPECT_LE(b.engine->counters().prompt_tokens, 60 + 7 * 10);
+  }
+  // What is not stored after all holds nobody up for longer than that takes.
+  Bench b({.prefill_tokens = 30, .prefix_cache_bytes = 100});
+  for (int i = 0; i < 3; ++i) b.submit({.tokens = prompt_of(60), .max_tokens = 4, .boundaries = {50}});
+  EXPECT_LT(b.drain(), 20);
+  // A request that is cancelled before it comes so far.
+  Bench c({.prefill_tokens = 30, .prefix_cache_bytes = 6000});
+  const auto first = c.submit({.tokens = prompt_of(60), .max_tokens = 4, .boundaries = {50}});
+  const auto second = c.submit({.tokens = prompt_of(60), .max_tokens = 4});
+  c.step();
+  EXPECT_EQ(c.engine->running(), 1);
+  c.engine->cancel(first);
   c.drain();
-  EXPECT_EQ(c.runner.copies, 1);
+  EXPECT_EQ(c.answers[second].size(), 4u);
+}
+
+TEST(PrefixReuse, OnlyWhatIsWantedIsStored) {
+  Bench b({.prefix_cache_bytes = 6000});
+  b.submit({.tokens = prompt_of(60), .max_tokens = 4, .store_at_end = false, .boundaries = {50}});
+  b.drain();
+  ASSERT_EQ(b.engine->prefixes().contents().size(), 1u);
+  EXPECT_EQ(b.engine->prefixes().contents()[0].tokens, prompt_of(50));
 }
 
 TEST(PrefixReuse, CachesOfOtherLimitsDoNotMix) {

@@ -178,6 +178,12 @@ TEST_P(Family, TheGraphDoesTheSame) {
   expect_equal(prompt_, {.max_tokens = 24});
 }
 
+/** With a seed the tokens are those without drafts, whatever is drafted. */
+TEST_P(Family, SeededDrawsAreThoseWithoutDrafts) {
+  expect_equal(prompt_, {.max_tokens = 24, .sampler = {.temperature = 1.f, .seed = 7}});
+  expect_equal(prompt_, {.max_tokens = 16, .sampler = {.temperature = 0.7f, .top_p = 0.9f, .xtc_probability = 0.5f, .seed = 8}});
+}
+
 INSTANTIATE_TEST_SUITE_P(Model, Family, testing::ValuesIn(tiny_models()), tests::test_name);
 
 TEST(Speculative, EndsInsideADraft) {
@@ -383,15 +389,22 @@ TEST_P(Distribution, IsTheTargets) {
   }
   const auto wanted = wanted_table(target, options);
   const auto others = wanted_table(draft, options);
-  for (const bool ngrams : {false, true}) {
+  enum class Drafted { by_rejection, ahead, from_text };
+  for (const auto drafted : {Drafted::by_rejection, Drafted::ahead, Drafted::from_text}) {
     auto speculative = options;
-    if (ngrams) {
+    if (drafted == Drafted::from_text) {
       speculative.ngram_draft_tokens = 4;
       speculative.max_tokens = 4000;  // they are rarely right
     } else {
       speculative.draft_model = &draft;
+      speculative.sampler.rejects_drafts = drafted == Drafted::by_rejection;
     }
     const auto got = generate(target, {1}, speculative);
+    if (drafted != Drafted::by_rejection) {
+      auto plain = options;
+      plain.max_tokens = speculative.max_tokens;
+      EXPECT_EQ(got.tokens, generate(target, {1}, plain).tokens);
+    }
     const auto [distance, freedom] = chi_square(got.tokens, wanted);
     EXPECT_LT(distance, limit_of(freedom)) << "degrees of freedom " << freedom;
     EXPECT_GT(chi_square(got.tokens, others).first, 2 * limit_of(freedom));  // the test can fail
