@@ -164,9 +164,8 @@ class FailureFuzz : public testing::TestWithParam<std::string> {
     if (pick(0, 2) == 0) {
       r.sampling.temperature = 0.8f;
       r.sampling.seed = pick(0, 1000);
-    } else if (pick(0, 1)) {
-      (pick(0, 1) ? r.drafts.ngram_tokens : r.drafts.model_tokens) = pick(1, 7);
     }
+    if (pick(0, 2) == 0) (pick(0, 1) ? r.drafts.ngram_tokens : r.drafts.model_tokens) = pick(1, 7);
     if (pick(0, 3) == 0) r.sampling.repetition_penalty = 1.3f;
     r.sampling.want_logprob = pick(0, 4) == 0;
     if (pick(0, 4) == 0) r.max_kv_size_tokens = pick(4, 40);
@@ -201,7 +200,8 @@ class FailureFuzz : public testing::TestWithParam<std::string> {
     return w;
   }
 
-  /** The answer alone: nothing fails, nothing is shared. With a cache: from a copy of it, and from all tokens where chunks do not show. */
+  /** The answer alone: nothing fails, nothing is shared or guessed. With a cache: from a copy of it, and from all tokens where chunks do
+   * not show. */
   void run_alone(Wish& w, const Limits& limits, gen::ModelRunner& owner) {
     Limits quiet{.prefill_tokens = limits.prefill_tokens, .limited_chunk_tokens = limits.limited_chunk_tokens};
     gen::ModelRunner runner(*model_, quiet, draft_model_.get());
@@ -210,6 +210,7 @@ class FailureFuzz : public testing::TestWithParam<std::string> {
       alone.request.keep_cache = alone.request.use_prefix_cache = false;
       alone.request.boundaries.clear();
       alone.request.stop.clear();
+      alone.request.drafts = {};
       alone.mask_fails_at = 1000;
       engine.submit(ready(alone, vocab_));
       Tokens got;
