@@ -1,22 +1,26 @@
 // Measures the engine on a real model, one JSON line a result: throughput by sequences, time between tokens while a long prompt is
-// admitted, and prefix reuse against prefill. Run: bench_engine MODEL [throughput|admission|learned|prefix|prefix_small|chunks]...
-// (learned: admission with the default budget only)
+// admitted, and prefix reuse against prefill. Run: bench_engine MODEL [throughput|admission|learned|stored|prefix|prefix_small|chunks]...
+// (learned: admission with the default budget only; stored: the same while the prompt is saved as a prefix on disk)
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
+#include <filesystem>
 #include <map>
 #include <numeric>
+#include <optional>
 #include <set>
 #include <string>
 
 #include <fmt/format.h>
 #include <mlx/transforms.h>
+#include <unistd.h>
 
 #include "base/thread_pool.h"
 #include "engine/engine.h"
 #include "gen/memory.h"
+#include "gen/prefix_files.h"
 #include "gen/runner.h"
 
 using namespace mlxlm;
@@ -91,12 +95,17 @@ struct Bench {
     }
   }
 
-  /** 16 sequences decode; then a prompt of 4096 tokens comes. step_tokens 0 = the budget that is learned. */
-  void admission(int step_tokens) {
-    constexpr int kSequences = 16, kPrompt = 4096, kWarm = 40;
-    const engine::Limits limits{.step_tokens = step_tokens};
+  /** 16 sequences decode; then a prompt of 4096 tokens comes. step_tokens 0 = the budget that is learned. `stored`: 4000 of them are saved
+   * in a folder meanwhile. */
+  void admission(int step_tokens, bool stored = false) {
+    constexpr int kSequences = 16, kPrompt = 4096, kStored = 4000, kWarm = 40;
+    const engine::Limits limits{.step_tokens = step_tokens, .prefix_cache_bytes = stored ? int64_t{4} << 30 : 0};
     gen::ModelRunner runner(model, limits);
+    const auto folder = std::filesystem::temp_directory_path() / fmt::format("bench_engine-{}", ::getpid());
+    std::optional<gen::PrefixFiles> files;
+    if (stored) files.emplace(gen::PrefixFolder{.folder = folder}, model, runner);
     engine::Engine engine(runner, limits, now_s);
+    if (stored) engine.set_store(&*files);
     std::map<engine::SequenceId, double> last;
     for (int i = 0; i < kSequences; ++i)
       last[engine.submit({.tokens = prompt(256 + 16 * i, i, model.description().vocab), .max_tokens = -1})] = 0;
@@ -122,7 +131,11 @@ struct Bench {
         last[e.id] = now;
       }
       if (admitted == 0 && steps == kWarm) {
-        admitted = engine.submit({.tokens = prompt(kPrompt, 99, model.description().vocab), .max_tokens = 1});
+        engine::Request r;
+        r.tokens = prompt(kPrompt, 99, model.description().vocab);
+        r.max_tokens = 1;
+        r.boundaries = {kStored};
+        admitted = engine.submit(std::move(r));
         submitted = now_s();
       }
     }
@@ -130,14 +143,16 @@ struct Bench {
     auto all = alone;
     all.insert(all.end(), shared.begin(), shared.end());
     fmt::print(
-        "{{\"bench\":\"admission\",\"step_tokens\":{},\"gap_ms_median_alone\":{:.1f},\"gap_ms_worst_alone\":{:.1f},\"gap_ms_median\":{:.1f}"
-        ","
+        "{{\"bench\":\"admission\",\"admission\":\"{}\",\"step_tokens\":{},\"gap_ms_median_alone\":{:.1f},\"gap_ms_worst_alone\":{:.1f},"
+        "\"gap_ms_median\":{:.1f},"
         "\"gap_ms_p99\":{:.1f},\"gap_ms_worst\":{:.1f},\"worst_over_median_alone\":{:.2f},\"p99_over_median_alone\":{:.2f},"
         "\"worst_over_median\":{:.2f},\"first_token_s\":{:.2f},\"threads\":{},\"executor\":\"{}\"}}\n",
-        step_tokens, median * 1e3, alone_worst * 1e3, quantile(shared, 0.5) * 1e3, quantile(shared, 0.99) * 1e3, shared_worst * 1e3,
-        shared_worst / median, quantile(shared, 0.99) / median, shared_worst / quantile(all, 0.5), first_token - submitted,
-        compute_pool().threads(), model.executor());
+        stored ? "stored in a folder" : "not stored", step_tokens, median * 1e3, alone_worst * 1e3, quantile(shared, 0.5) * 1e3,
+        quantile(shared, 0.99) * 1e3, shared_worst * 1e3, shared_worst / median, quantile(shared, 0.99) / median,
+        shared_worst / quantile(all, 0.5), first_token - submitted, compute_pool().threads(), model.executor());
     std::fflush(stdout);
+    engine.set_store(nullptr);
+    if (stored) std::filesystem::remove_all(folder);
   }
 
   /** Requests that begin with the same tokens, all at once. `how`: computed (each for itself), copied or shared. */
@@ -180,7 +195,7 @@ struct Bench {
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    fmt::print(stderr, "usage: bench_engine MODEL [throughput|admission|learned|prefix|prefix_small|chunks]...\n");
+    fmt::print(stderr, "usage: bench_engine MODEL [throughput|admission|learned|stored|prefix|prefix_small|chunks]...\n");
     return 1;
   }
   try {
@@ -197,6 +212,7 @@ int main(int argc, char** argv) {
     }
     if (wanted.contains("chunks")) bench.chunks();
     if (wanted.contains("learned")) bench.admission(0);
+    if (wanted.contains("stored")) bench.admission(0, /*stored=*/true);
     if (wanted.contains("prefix")) {
       for (const char* how : {"computed", "copied", "shared"}) bench.prefix(how, 32, 2048);
     }

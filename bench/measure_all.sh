@@ -14,7 +14,7 @@ results=${RESULTS_DIR:-bench/results}
 program=$build/mlx-lm
 model=models/SmolLM2-135M-Instruct.gguf
 model_q4_0=models/SmolLM2-135M-Instruct.Q4_0.gguf
-all=(smollm2 long 1b 3b dense moe ssm mla conv delta engine admission prefix sampling startup precision)
+all=(smollm2 long 1b 3b dense moe ssm mla conv delta engine admission prefix speculative sampling startup precision)
 rounds=5
 if [ "${1:-}" = --rounds ]; then
   rounds=$2
@@ -90,8 +90,11 @@ section() {
       "$python" bench/engine.py --bench-engine "$build/bench_engine" --llama-cpp "$peer" --model "$model" "${same[@]}" "${fast[@]}" \
         --rounds "$rounds" --minutes 2.5 --output "$results/engine.jsonl"
       ;;
-    admission) timeout 120 "$build/bench_engine" "$model" learned | save admission ;;
-    prefix) timeout 300 "$build/bench_engine" "$model" prefix | save prefix ;;
+    admission) repeat 240 "$build/bench_engine" "$model" learned stored | save admission ;;
+    prefix) repeat 300 "$build/bench_engine" "$model" prefix | save prefix ;;
+    speculative)
+      "$python" bench/speculative.py --program "$program" --model "$model" --rounds "$rounds" --minutes 2 --output "$results/speculative.jsonl"
+      ;;
     sampling)
       "$python" bench/sampling.py --program "$program" --model "$model" --rounds "$rounds" --minutes 1 --output "$results/sampling.jsonl"
       ;;
@@ -111,6 +114,13 @@ section() {
       exit 1
       ;;
   esac
+}
+
+# repeat SECONDS COMMAND...: as many times as there are rounds, each within so many seconds.
+repeat() {
+  local seconds=$1 round
+  shift
+  for ((round = 1; round <= rounds; round++)); do timeout "$seconds" "$@" || return; done
 }
 
 # What a program prints as a file of results, only if it ends well.

@@ -227,13 +227,17 @@ std::vector<StoredLayer> read_older(const fs::path& file, const weights::Tensors
   return layers;
 }
 
-std::optional<int> noted_tokens(const PromptMetadata& metadata) {
+/** Nothing for a text of somebody else that is no number. */
+std::optional<int> noted_tokens(const fs::path& file, const PromptMetadata& metadata) {
   const auto found = metadata.find(tokens_key);
-  int value = 0;
   if (found == metadata.end()) return std::nullopt;
   const auto& text = found->second;
+  int64_t value = 0;
   const auto [at, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  return error == std::errc() && at == text.data() + text.size() && value >= 0 ? std::optional(value) : std::nullopt;
+  if (error == std::errc::invalid_argument || at != text.data() + text.size()) return std::nullopt;
+  if (error != std::errc() || value < 0 || value > most_tokens)
+    bad(file, fmt::format("metadata 0.{}: got {}, wanted 0 to {}", tokens_key, text.substr(0, 40), most_tokens));
+  return static_cast<int>(value);
 }
 
 /** All layers have seen the same tokens; recurrent ones learn it from the others. */
@@ -245,7 +249,7 @@ void set_lengths(const fs::path& file, Caches& caches, const PromptMetadata& met
       bad(file, fmt::format("its layers have seen {} and {} tokens, wanted the same", *length, c->offset()));
     length = c->offset();
   }
-  if (!length) length = noted_tokens(metadata);
+  if (!length) length = noted_tokens(file, metadata);
   for (const auto& c : caches) {
     if (auto* recurrent = dynamic_cast<RecurrentCache*>(c.get())) recurrent->advance(length.value_or(0));
   }

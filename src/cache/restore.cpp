@@ -13,8 +13,6 @@
 namespace mlxlm::cache {
 namespace {
 
-constexpr int64_t most_tokens = int64_t{1} << 30;  // sums of lengths stay within int
-
 class Reader {
  public:
   Reader(const Stored& stored, const LayerShape& wanted, const std::string& where) : stored_(stored), wanted_(wanted), where_(where) {}

@@ -48,8 +48,9 @@ int Engine::chunk_of(const Sequence& q, int budget) const {
     // As it would be alone: a prompt in chunks of one size and its last token, what is replayed of the answer token by token.
     if (q.computed_tokens >= q.prompt_tokens) return 1;
     if (!q.fixed_chunks && !q.overflows(q.prompt_tokens)) return std::min(budget, q.prompt_tokens - q.computed_tokens);
-    const int start = static_cast<int>(q.request.cache_tokens.size()), chunk = limits_.limited_chunk_tokens;
-    const int end = start + (std::max(0, q.computed_tokens - start) / chunk + 1) * chunk;
+    const int brought = static_cast<int>(q.request.cache_tokens.size()), chunk = limits_.limited_chunk_tokens;
+    if (q.computed_tokens < brought) return std::min(chunk, brought - q.computed_tokens);  // whose cache was lost
+    const int end = brought + ((q.computed_tokens - brought) / chunk + 1) * chunk;
     return std::max(1, std::min(end, q.prompt_tokens - 1) - q.computed_tokens);
   }
   int count = std::min(budget, q.pending_tokens());

@@ -182,10 +182,13 @@ def test_memory_is_refused_with_both_figures(model, tmp_path):
         ("bounded", {"RotatingKVCache"}),
         ("falcon_h1", {"CacheList"}),
         ("llama4", {"ChunkedKVCache", "KVCache"}),
+        ("gemma3_text", {"RotatingKVCache", "KVCache"}),
+        ("lfm2", {"ArraysCache", "KVCache"}),
+        ("qwen3_next", {"ArraysCache", "KVCache"}),
     ],
 )
 def test_exchange_with_python(model, tmp_path, kind, classes):
-    if kind in ("falcon_h1", "llama4"):
+    if (Path(__file__).parents[1] / "arch" / f"{kind}.json").exists():
         model = write_described(tmp_path / "model", kind)
     bits = int(kind[0]) if "bits" in kind else None
     bounded = 16 if kind == "bounded" else None

@@ -1,6 +1,7 @@
 // What the engine promises whoever submits requests, whatever the runner does.
 #include <gtest/gtest.h>
 #include <algorithm>
+#include <utility>
 
 #include "contract/scripted_runner.h"
 
@@ -525,6 +526,24 @@ TEST(Engine, ABroughtCacheOfUnknownTokensKeepsItsRoomOrIsRefused) {
   EXPECT_SOUND(b);
   for (const auto id : ids) EXPECT_EQ(b.answers[id].size(), 3u);
   EXPECT_TRUE(b.runner.caches.empty());
+}
+
+/** Memory for a limited cache is reserved for chunks of this size, so what a lost cache held must not come in a larger one. */
+TEST(Engine, ABroughtCacheThatIsLostIsComputedInChunks) {
+  Bench b({.prefill_tokens = 64, .limited_chunk_tokens = 8});
+  Request r{.tokens = prompt_of(5, 1), .max_tokens = 4, .max_kv_size_tokens = 10};
+  r.cache_tokens = prompt_of(60, 2);
+  r.cache = b.runner.reserve(60, {.max_kv_size_tokens = 10});
+  b.runner.caches.at(r.cache).tokens = r.cache_tokens;
+  b.runner.step_fails = [failed = false](const StepPlan&) mutable { return !std::exchange(failed, true); };
+  const auto id = b.submit(r);
+  b.submit({.tokens = prompt_of(5, 3), .max_tokens = 4});
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(b.answers[id], alone(r));
+  for (const auto& plan : b.runner.plans) {
+    for (const auto& row : plan.rows) EXPECT_LE(row.tokens.size(), 8u);
+  }
 }
 
 TEST(Engine, MasksSeeEveryTokenOnceAndMayFail) {

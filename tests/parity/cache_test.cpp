@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 #include <mlx/io.h>
+#include <mlx/ops.h>
 #include <mlx/transforms.h>
 #include <unistd.h>
 
@@ -103,6 +104,73 @@ TEST_P(PythonsFiles, StepsFollow) {
     EXPECT_EQ(metadata.at("model"), "org/" + GetParam());
     EXPECT_TRUE(parse_json(metadata.at("tokenizer_config"), "").contains("trust_remote_code"));
     expect_golden(follow(caches), 1e-4);
+  }
+}
+
+/** What a prompt-cache file holds: tensors, and metadata by key; which scalar has which number is the writer's affair. */
+struct Content {
+  std::map<std::string, mx::array> tensors{};
+  std::map<std::string, std::string> metadata{}, kinds{};
+};
+
+Content content_of(const fs::path& file) {
+  auto [tensors, metadata] = mx::load_safetensors(file.string(), mx::Device::cpu);
+  Content content;
+  for (auto& [name, value] : tensors) {
+    mx::eval(value);
+    content.tensors.emplace(name, value);
+  }
+  for (const auto& [key, value] : metadata) {
+    if (!key.starts_with("2.")) {
+      content.metadata[key] = value;
+    } else if (key.ends_with(".0") && key != "2.0") {
+      content.kinds[value] = metadata.at(key.substr(0, key.size() - 1) + "1");
+    }
+  }
+  return content;
+}
+
+/** Rows of the chunks before are never looked at again: the reference keeps some of them, we none. */
+void drop_earlier_chunks(Content& content) {
+  for (const auto& [key, kind] : std::map(content.metadata)) {
+    if (kind != "ChunkedKVCache") continue;
+    const auto layer = key.substr(2) + ".";
+    const auto number = [&](const char* path) { return content.tensors.at(layer + path).item<int>(); };
+    const int offset = number("2"), used = offset % number("3");
+    content.tensors.insert_or_assign(layer + "4", mx::array(offset - used));
+    for (const char* path : {"0", "1"}) {
+      auto rows = content.tensors.at(layer + path);
+      const int held = rows.shape(2);
+      rows = used == 0 ? mx::zeros({0}, mx::float32)
+                       : mx::contiguous(mx::slice(rows, {0, 0, held - used, 0}, {1, rows.shape(1), held, rows.shape(3)}));
+      mx::eval(rows);
+      content.tensors.insert_or_assign(layer + path, rows);
+      if (used == 0) content.kinds[layer + path] = "none";
+    }
+  }
+}
+
+/** What the reference reads of its own file it reads of ours: the same names, dtypes, shapes, bytes and metadata. */
+TEST_P(PythonsFiles, AreWrittenAsTheyWere) {
+  const auto theirs = folder() / (GetParam() + ".safetensors");
+  const auto ours = fs::temp_directory_path() / ("mlxlm-again-" + std::to_string(::getpid()) + GetParam() + ".safetensors");
+  const auto caches = cache::load_prompt_file(theirs, model_->description());
+  cache::save_prompt_file(ours, caches, model_->description(), cache::read_prompt_metadata(theirs));
+  auto wanted = content_of(theirs);
+  const auto got = content_of(ours);
+  fs::remove(ours);
+  drop_earlier_chunks(wanted);
+  wanted.metadata["0.tokens"] = std::to_string(info_.at("prompt").size());  // ours alone
+  EXPECT_EQ(got.metadata, wanted.metadata);
+  EXPECT_EQ(got.kinds, wanted.kinds);
+  ASSERT_EQ(got.tensors.size(), wanted.tensors.size());
+  for (const auto& [name, value] : wanted.tensors) {
+    SCOPED_TRACE(name);
+    ASSERT_TRUE(got.tensors.contains(name));
+    const auto& mine = got.tensors.at(name);
+    EXPECT_TRUE(mine.dtype() == value.dtype());
+    ASSERT_EQ(mine.shape(), value.shape());
+    EXPECT_EQ(std::string(mine.data<char>(), mine.nbytes()), std::string(value.data<char>(), value.nbytes()));
   }
 }
 

@@ -398,6 +398,46 @@ TEST_F(PromptFile, HostileListsAreRefused) {
   EXPECT_NE(error(chunked_model()), "");
 }
 
+/** Without attention only the metadata tells how many tokens the caches have seen. */
+TEST_F(PromptFile, NotedLengthsAreBounded) {
+  const auto recurrent_model = model_of({{"model_type", "nemotron_h"},
+                                         {"hidden_size", 64},
+                                         {"intermediate_size", 96},
+                                         {"num_hidden_layers", 2},
+                                         {"num_attention_heads", 4},
+                                         {"num_key_value_heads", 2},
+                                         {"head_dim", 32},
+                                         {"mamba_num_heads", 4},
+                                         {"mamba_head_dim", 16},
+                                         {"ssm_state_size", 16},
+                                         {"conv_kernel", 4},
+                                         {"n_groups", 2},
+                                         {"use_conv_bias", true},
+                                         {"layer_norm_epsilon", 1e-5},
+                                         {"hybrid_override_pattern", "M-"},
+                                         {"max_position_embeddings", 512},
+                                         {"vocab_size", 16}});
+  const auto with_tokens = [&](const std::string& text) {
+    auto caches = cache::make_caches(recurrent_model);
+    for (auto& c : caches) {
+      if (c) dynamic_cast<cache::RecurrentCache&>(*c).advance(5);
+    }
+    cache::save_prompt_file(file(), caches, recurrent_model, {});
+    auto stored = weights::load_safetensors(file());
+    auto metadata = stored.metadata.get<Strings>();
+    EXPECT_EQ(metadata.at("0.tokens"), "5");
+    metadata["0.tokens"] = text;
+    weights::save_safetensors(folder_ / "changed.safetensors", stored.tensors, metadata);
+    return error(recurrent_model);
+  };
+  for (const auto& [text, tokens] : {std::pair("5", 5), {"1073741824", 1 << 30}, {"many", 0}, {"", 0}, {"5 of them", 0}}) {
+    EXPECT_EQ(with_tokens(text), "") << text;
+    EXPECT_EQ(cache::prompt_tokens(cache::load_prompt_file(folder_ / "changed.safetensors", recurrent_model)), tokens) << text;
+  }
+  for (const char* text : {"1073741825", "2147483647", "99999999999999999999", "-1"})
+    EXPECT_NE(with_tokens(text).find("wanted 0 to 1073741824"), std::string::npos) << text;
+}
+
 TEST(TrimAndCopy, WorkOverAllLayers) {
   auto caches = filled(7);
   EXPECT_TRUE(cache::trimmable(caches));
