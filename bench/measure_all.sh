@@ -14,7 +14,7 @@ results=${RESULTS_DIR:-bench/results}
 program=$build/mlx-lm
 model=models/SmolLM2-135M-Instruct.gguf
 model_q4_0=models/SmolLM2-135M-Instruct.Q4_0.gguf
-all=(smollm2 long 1b 3b dense moe ssm mla conv delta engine admission prefix speculative sampling startup precision)
+all=(smollm2 fast long 1b 3b dense moe ssm mla conv delta engine admission prefix speculative sampling startup precision)
 rounds=5
 if [ "${1:-}" = --rounds ]; then
   rounds=$2
@@ -61,6 +61,7 @@ section() {
   local same=(--peer "llama.cpp=$model") fast=(--peer "llama.cpp Q4_0=$model_q4_0")
   case $1 in
     smollm2) against smollm2 3.5 "SmolLM2-135M, 4 bit" "$model" "${same[@]}" "${fast[@]}" --bandwidth ;;
+    fast) against fast 2 "SmolLM2-135M, 4 bit, --cpu-precision fast" "$model" "${fast[@]}" --cpu-precision fast --sequences 8 32 ;;
     long)
       for bits in "" 8; do
         local cache=(${bits:+--kv-bits "$bits"}) name=long${bits:+-kv$bits}

@@ -6,7 +6,7 @@ import sys
 
 from common import json_lines, number_of, row_of, table_of, title_of
 
-COMPARED = ["smollm2", "long", "long-16k", "long-kv8", "long-kv8-16k", "1b", "1b-2048", "1b-group64", "3b", "3b-group64", "dense-f16", "dense-bf16",
+COMPARED = ["smollm2", "fast", "long", "long-16k", "long-kv8", "long-kv8-16k", "1b", "1b-2048", "1b-group64", "3b", "3b-group64", "dense-f16", "dense-bf16",
             "engine"]
 SHAPES = ["moe", "ssm", "mla", "conv", "delta"]
 LISTED = {"admission": ["admission", "gap_ms_median_alone", "gap_ms_median", "gap_ms_p99", "gap_ms_worst", "worst_over_median_alone",

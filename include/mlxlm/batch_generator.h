@@ -64,7 +64,7 @@ struct BatchStats {
 struct MemoryReport {
   int64_t weight_bytes = 0;    // of the model
   int64_t held_bytes = 0;      // by the caches of sequences
-  int64_t reserved_bytes = 0;  // for sequences that run, what they hold included
+  int64_t reserved_bytes = 0;  // for sequences that run, what they hold included, and caches that waiting ones brought
   int64_t stored_bytes = 0;    // by prefixes for later prompts
   int64_t stored_budget_bytes = 0;
   int64_t limit_bytes = 0;  // of reserved and stored; 0 = none
@@ -88,7 +88,7 @@ struct BatchGeneratorOptions {
   int max_sequences = 32;                                      // running at a time; more wait
   int prefill_step_size = 512;                                 // prompt tokens of a step; fewer beside decoding, so that it goes on
   std::optional<int64_t> memory_bytes{};                       // for caches; absent = what the machine has left, 0 = no limit
-  int64_t prefix_cache_bytes = 0;                              // for what ended sequences computed; needs keep_caches = false
+  int64_t prefix_cache_bytes = 0;                              // for what ended sequences and ends of segments computed; needs keep_caches = false
   bool keep_caches = true;  // hand the cache of a sequence over with its last response; memory_bytes does not count it then
 };
 
@@ -152,10 +152,11 @@ class BatchGenerator {
   ~BatchGenerator();
 
   /** Prompts of tokens, see Model::encode. Ids in their order. Throws Error(bad_request): a list of another length, an empty prompt, a
-   * token that does not exist, options out of range, a cache of another model; Error(out_of_memory): a sequence that can never fit, with
-   * both figures. Nothing is inserted then. */
+   * token that does not exist, options out of range, a cache of another model; Error(out_of_memory): a sequence that can never fit, or
+   * a cache without its tokens that cannot be held now, with both figures. Nothing is inserted then. */
   std::vector<Uid> insert(const std::vector<std::vector<int>>& prompts, const InsertLists& lists = {});
-  /** Prompts in segments: a step ends at the end of each, where extract_cache() then finds the cache. Empty segments are dropped. */
+  /** Prompts in segments: a step ends at the end of each, where extract_cache() then finds the cache; not at ends that lie in reused
+   * tokens, or in a prompt beyond its max_kv_size or with a quantized window. Empty segments are dropped. */
   std::vector<Uid> insert_segments(const std::vector<std::vector<std::vector<int>>>& segments, const InsertLists& lists = {});
 
   /** One step. Both lists may be empty while a sequence waits for memory; has_work() tells whether there is more to do. */

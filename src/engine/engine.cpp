@@ -106,6 +106,7 @@ void Engine::validate(const Request& r) const {
   engine::check(r.drafts);
   const auto cache = cache_options(r);
   runner_.check(r.tokens, r.sampling, cache, r.drafts);
+  if (!r.cache_tokens.empty()) runner_.check(r.cache_tokens, r.sampling, cache, r.drafts);
   if (r.cache != 0 && runner_.info(r.cache).tokens != static_cast<int>(r.cache_tokens.size())) {
     throw Error(Code::bad_request, "cache",
                 fmt::format("holds {} tokens, {} were named", runner_.info(r.cache).tokens, r.cache_tokens.size()));
@@ -158,9 +159,15 @@ SequenceId Engine::submit(Request request) {
   return id;
 }
 
+/** What a brought cache takes while its request waits. One that cannot be computed again cannot give way either, so it has room to grow. */
+int64_t Engine::brought_bytes(const Sequence& q) const {
+  if (q.unknown_tokens == 0) return runner_.info(q.cache).bytes;
+  return runner_.growth_bytes(q.cache, std::nullopt, tokens_to_reserve(q), q.cache_options);
+}
+
 /** Of a cache that cannot give way while it waits. */
 void Engine::check_room_for(const Sequence& q) {
-  const auto bytes = runner_.info(q.cache).bytes;
+  const auto bytes = brought_bytes(q);
   if (make_room(bytes)) return;
   throw Error(Code::out_of_memory, "cache",
               fmt::format("takes {:.3f} GB, available are {:.3f} GB, and it cannot be computed again later: its tokens are not known",
@@ -170,7 +177,7 @@ void Engine::check_room_for(const Sequence& q) {
 /** A cache takes its memory from the moment it is brought. */
 void Engine::hold_brought_cache(Sequence& q) {
   if (q.cache == 0) return;
-  const auto bytes = runner_.info(q.cache).bytes;
+  const auto bytes = brought_bytes(q);
   if (!make_room(bytes)) return drop_cache(q);
   q.reserved_bytes = bytes;
   reserved_bytes_ += bytes;

@@ -172,6 +172,7 @@ class Engine {
   bool is_about_to_be_stored(const Sequence& q);
   std::optional<PrefixCache::Hit> find_reusable(const Sequence& q);
   void load_stored(Sequence& q);
+  int64_t brought_bytes(const Sequence& q) const;
   void check_room_for(const Sequence& q);
   void hold_brought_cache(Sequence& q);
   Admission admit(Sequence& q);

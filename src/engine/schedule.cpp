@@ -344,6 +344,7 @@ bool Engine::extend(Sequence& q) {
     q.reserved_tokens = held + more;
     return true;
   }
+  if (running_.size() == 1 && give_up_brought_cache(q)) return extend(q);
   if (running_.size() > 1) {
     preempt(q);  // the others will end one day
   } else {
@@ -362,6 +363,7 @@ void Engine::preempt(Sequence& q) {
         q, Error(Code::out_of_memory, "answer", "no more room for its cache, which cannot be computed again: its tokens are not known"));
   }
   drop_cache(q);
+  q.next_boundary = 0;
   q.running = false;
   std::erase(running_, q.id);
   waiting_.push_front(q.id);

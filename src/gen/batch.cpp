@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 
 #include <fmt/format.h>
 #include <mlx/device.h>
@@ -151,7 +152,7 @@ void BatchGenerator::take(engine::Event& e, Taken& taken) {
   const bool badly = e.finish == engine::Finish::failed || e.finish == engine::Finish::cancelled;
   if (open.in_prompt && !badly && (!e.chosen || e.processed_tokens == e.prompt_tokens)) {
     const bool done = e.chosen.has_value();
-    taken.prompts.push_back({e.id, e.processed_tokens - open.held_tokens, e.prompt_tokens - open.held_tokens,
+    taken.prompts.push_back({e.id, std::max(0, e.processed_tokens - open.held_tokens), e.prompt_tokens - open.held_tokens,
                              done || std::ranges::count(open.boundaries, e.processed_tokens) > 0, done});
   }
   if (!e.chosen && e.finish == engine::Finish::none) return;
@@ -174,7 +175,12 @@ void BatchGenerator::take(engine::Event& e, Taken& taken) {
 
 void BatchGenerator::give_caches(engine::Event& e, Response& response) {
   if (e.cache == 0) return;
-  response.caches = runner_.take(e.cache);
+  try {
+    response.caches = runner_.take(e.cache);
+  } catch (...) {
+    response.error = engine::current_error();
+    return;
+  }
   response.all_tokens = std::move(e.cache_tokens);
 }
 
@@ -240,7 +246,10 @@ engine::Limits limits_of(const BatchRun& run) {
 std::vector<std::vector<int>> boundaries_of(const arch::Model& model, const std::vector<BatchItem>& items, bool folder) {
   constexpr int least_tokens = 16;
   std::vector<std::span<const int>> prompts;
-  for (const auto& item : items) prompts.emplace_back(item.prompt);
+  for (const auto& item : items) {  // who brings a cache stores nothing
+    const bool brings = item.caches != nullptr && !item.caches->empty();
+    prompts.push_back(brings ? std::span<const int>() : std::span<const int>(item.prompt));
+  }
   auto boundaries = shared_prefixes(prompts, least_tokens);
   const bool forgets = std::ranges::any_of(plan::cache_layout(model), [](const auto& layer) {
     return layer.kind != plan::CacheKind::none && layer.kind != plan::CacheKind::full;
@@ -288,17 +297,19 @@ class Batch {
  private:
   /** Copies of caches are made for those only that come next. */
   void submit_some() {
-    while (next_ < items_.size() && (items_[next_].caches == nullptr || takes_now(*items_[next_].caches))) submit(next_++);
+    while (next_ < items_.size() && (items_[next_].caches == nullptr || takes_now(*items_[next_].caches)) && submit(next_)) ++next_;
   }
 
   bool takes_now(const cache::Caches& caches) const {
     if (!engine_.has_work()) return true;
+    if (open_.size() >= refused_beside_) return false;  // nothing has ended since
     const auto memory = engine_.memory();
     return engine_.waiting() < run_.limits.max_sequences &&
            (memory.limit_bytes == 0 || memory.reserved_bytes + static_cast<int64_t>(cache::total_bytes(caches)) <= memory.limit_bytes);
   }
 
-  void submit(std::size_t i) {
+  /** False: not yet, for want of memory that others have. */
+  bool submit(std::size_t i) {
     const auto& item = items_[i];
     auto& answer = answers_[i];
     answer.prompt_tokens = static_cast<int>(item.prompt.size());
@@ -320,10 +331,17 @@ class Batch {
       open_.emplace(id, i);
       index_.emplace(id, i);
       texts_.begin(id, item.stop);
-    } catch (const Error& e) {
-      answer.error = e;
+      refused_beside_ = std::numeric_limits<std::size_t>::max();
+    } catch (...) {
+      const auto error = engine::current_error();
+      if (error.code() == Code::out_of_memory && item.caches != nullptr && engine_.has_work()) {
+        refused_beside_ = open_.size();
+        return false;
+      }
+      answer.error = error;
       if (run_.on_answer) run_.on_answer(i, answer);
     }
+    return true;
   }
 
   void cancel_all() {
@@ -374,7 +392,13 @@ class Batch {
   }
 
   /** Those of an answer that a text or a callback ended come with a later event. */
-  void take_caches(const engine::Event& e) { answers_[index_.at(e.id)].caches = runner_.take(e.cache); }
+  void take_caches(const engine::Event& e) { 
+    try {
+      answers_[index_.at(e.id)].caches = runner_.take(e.cache);
+    } catch (...) {
+      answers_[index_.at(e.id)].error = engine::current_error();
+    }
+  }
 
   model::CausalModel& model_;
   const text::Tokenizer& tokenizer_;
@@ -388,6 +412,7 @@ class Batch {
   engine::Engine engine_;                                   // saves its prefixes when it ends
   std::map<engine::SequenceId, std::size_t> open_, index_;  // of the item; index_: of all that were submitted
   std::size_t next_ = 0;                                    // item to submit
+  std::size_t refused_beside_ = std::numeric_limits<std::size_t>::max();  // so many open answers left no room for it
 };
 
 }  // namespace

@@ -290,7 +290,12 @@ engine::CacheId ModelRunner::adopt(cache::Caches caches) {
 }
 
 cache::Caches ModelRunner::take(engine::CacheId cache) {
-  settle(held(cache));
+  try {
+    settle(held(cache));
+  } catch (...) {
+    free(cache);
+    throw;
+  }
   auto caches = std::move(held(cache).caches);
   held_.erase(cache);
   return caches;
@@ -571,7 +576,8 @@ engine::StepResult ModelRunner::run(const engine::StepPlan& plan) {
     if (row.wanted_rows > 0 && chooser.sampling.temperature != 0.f) before.emplace_back(&chooser, chooser.sampler);
   }
   try {
-    const model::StopScope scope(model_, is_long(plan) ? stop_ : nullptr);
+    const auto* stop = is_long(plan) ? stop_ : nullptr;  // a short one ends by itself, and keeps what it computed
+    const model::StopScope scope(model_, stop);
     const auto logits = logits_of(plan);
     const auto choices = choose(plan, logits, result);
     std::vector<mx::array> arrays;
@@ -587,7 +593,7 @@ engine::StepResult ModelRunner::run(const engine::StepPlan& plan) {
       }
     }
     mx::eval(arrays);
-    if (stop_ != nullptr && stop_->load(std::memory_order_relaxed)) throw Error(Code::cancelled, "step", "was stopped");
+    if (stop != nullptr && stop->load(std::memory_order_relaxed)) throw Error(Code::cancelled, "step", "was stopped");
     for (const auto& [i, choice] : choices) read(plan.rows[i], choice, *choosers_.at(plan.rows[i].sequence), result.rows[i]);
   } catch (...) {
     end_evaluation();

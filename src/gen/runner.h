@@ -53,7 +53,7 @@ class ModelRunner final : public engine::Runner {
   std::size_t count() const { return held_.size(); }
   /** Bytes of all caches in memory; what several share counts once. */
   int64_t held_bytes() const;
-  /** A step that runs while the flag (null = none) is set throws Error(cancelled), soon on the CPU. */
+  /** A long step that runs while the flag (null = none) is set throws Error(cancelled), soon on the CPU. */
   void stop_when(const std::atomic<bool>* flag) { stop_ = flag; }
   /** Whether copies share memory; to measure against copies that do not. */
   void share_memory(bool share) { shares_memory_ = share; }

@@ -528,6 +528,48 @@ TEST(Engine, ABroughtCacheOfUnknownTokensKeepsItsRoomOrIsRefused) {
   EXPECT_TRUE(b.runner.caches.empty());
 }
 
+/** Each has room to grow from the moment it is brought, so that the first of them never waits for what the others hold. */
+TEST(Engine, BroughtCachesOfUnknownTokensAllEnd) {
+  Bench b({.max_sequences = 1, .memory_bytes = 1000});
+  std::vector<SequenceId> ids;
+  int refused = 0;
+  for (int i = 0; i < 5; ++i) {
+    const auto cache = b.runner.reserve(60, {});
+    b.runner.caches.at(cache).tokens = prompt_of(60);
+    try {
+      ids.push_back(b.submit({.tokens = {5}, .max_tokens = 3, .cache = cache}));
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), Code::out_of_memory);
+      ++refused;
+    }
+  }
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(ids.size(), 3u);
+  EXPECT_EQ(refused, 2);
+  for (const auto id : ids) EXPECT_EQ(b.answers[id].size(), 3u) << b.last.at(id).error->what();
+}
+
+/** A lone answer without a limit takes the room of what a waiting request has brought before it fails. */
+TEST(Engine, ABroughtCacheGivesWayToAnAnswerThatGrows) {
+  Bench b({.max_sequences = 1, .memory_bytes = 1000});
+  const auto growing = b.submit({.tokens = prompt_of(20), .max_tokens = -1});
+  b.step();
+  Request r{.tokens = prompt_of(5, 1), .max_tokens = 5};
+  r.cache_tokens = prompt_of(60, 2);
+  r.cache = b.runner.reserve(60, {});
+  b.runner.caches.at(r.cache).tokens = r.cache_tokens;
+  const auto second = b.submit(r);
+  while (b.answers[growing].size() < 200) {  // 220 tokens and more: with the other's 250 bytes they would not fit
+    ASSERT_FALSE(b.last.contains(growing)) << b.answers[growing].size();
+    b.step();
+  }
+  b.engine->cancel(growing);
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(b.answers[second], alone(r));
+}
+
 /** Memory for a limited cache is reserved for chunks of this size, so what a lost cache held must not come in a larger one. */
 TEST(Engine, ABroughtCacheThatIsLostIsComputedInChunks) {
   Bench b({.prefill_tokens = 64, .limited_chunk_tokens = 8});

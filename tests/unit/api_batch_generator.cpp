@@ -374,6 +374,7 @@ TEST_F(ApiBatch, WhatIsRefusedLeavesNothingBehind) {
   generate(*model, "hi", {.max_tokens = 1, .prompt_cache = &cache});
   refusal(batch, {good}, {.options = {{.prompt_cache = &cache}}});
   refusal(batch, {good}, {.caches = {&cache}, .all_tokens = {{1, 2, 3, 4}}});  // it holds 3
+  refusal(batch, {good}, {.caches = {&cache}, .all_tokens = {{1, kVocab, 3}}});
   auto other = tiny_config();
   other["head_dim"] = 16;
   write(folder / "config.json", other.dump());
