@@ -88,8 +88,8 @@ struct BatchGeneratorOptions {
   int max_sequences = 32;                                      // running at a time; more wait
   int prefill_step_size = 512;                                 // prompt tokens of a step; fewer beside decoding, so that it goes on
   std::optional<int64_t> memory_bytes{};                       // for caches; absent = what the machine has left, 0 = no limit
-  int64_t prefix_cache_bytes = 0;                              // for what ended sequences and ends of segments computed; needs keep_caches = false
-  bool keep_caches = true;  // hand the cache of a sequence over with its last response; memory_bytes does not count it then
+  int64_t prefix_cache_bytes = 0;  // for what ended sequences and ends of segments computed; needs keep_caches = false
+  bool keep_caches = true;         // hand the cache of a sequence over with its last response; memory_bytes does not count it then
 };
 
 /** Lists that go with the prompts of an insert: each is empty (as BatchGeneratorOptions say), or has an entry a prompt.

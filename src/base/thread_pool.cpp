@@ -153,8 +153,10 @@ void ThreadPool::run(int chunks, bool in_order, void (*call)(void*, int, int), v
   s.in_order.store(in_order, std::memory_order_relaxed);
   s.done.store(0, std::memory_order_relaxed);
   for (int64_t i = 0; i < s.threads; ++i) {
-    if (in_order) s.shares[i].set(0, i == 0 ? chunks : 0);
-    else s.shares[i].set(static_cast<int>(chunks * i / s.threads), static_cast<int>(chunks * (i + 1) / s.threads));
+    if (in_order)
+      s.shares[i].set(0, i == 0 ? chunks : 0);
+    else
+      s.shares[i].set(static_cast<int>(chunks * i / s.threads), static_cast<int>(chunks * (i + 1) / s.threads));
   }
   s.regions.fetch_add(1);
   if (s.sleeping.load() > 0) {

@@ -392,7 +392,7 @@ class Batch {
   }
 
   /** Those of an answer that a text or a callback ended come with a later event. */
-  void take_caches(const engine::Event& e) { 
+  void take_caches(const engine::Event& e) {
     try {
       answers_[index_.at(e.id)].caches = runner_.take(e.cache);
     } catch (...) {
@@ -409,9 +409,9 @@ class Batch {
   std::vector<BatchAnswer> answers_;
   ModelRunner runner_;
   std::unique_ptr<PrefixFiles> store_;
-  engine::Engine engine_;                                   // saves its prefixes when it ends
-  std::map<engine::SequenceId, std::size_t> open_, index_;  // of the item; index_: of all that were submitted
-  std::size_t next_ = 0;                                    // item to submit
+  engine::Engine engine_;                                                 // saves its prefixes when it ends
+  std::map<engine::SequenceId, std::size_t> open_, index_;                // of the item; index_: of all that were submitted
+  std::size_t next_ = 0;                                                  // item to submit
   std::size_t refused_beside_ = std::numeric_limits<std::size_t>::max();  // so many open answers left no room for it
 };
 
