@@ -23,11 +23,6 @@ double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-double peak_gb() {
-  const auto allocated = static_cast<int64_t>(mx::get_peak_memory());
-  return static_cast<double>(mx::default_device() == mx::Device::gpu ? allocated : std::max(allocated, peak_resident_bytes())) / 1e9;
-}
-
 BatchGenerator::Stats stats_of(const engine::Counters& c, double start_s) {
   return {.prompt_tokens = c.prompt_tokens,
           .generation_tokens = c.generated_tokens,
@@ -39,7 +34,7 @@ BatchGenerator::Stats stats_of(const engine::Counters& c, double start_s) {
           .prompt_s = c.prompt_s,
           .decode_s = c.decode_s,
           .wall_s = now_s() - start_s,
-          .peak_memory_gb = peak_gb(),
+          .peak_memory_gb = peak_memory_gb(),
           .reused_tokens = c.reused_tokens};
 }
 

@@ -164,13 +164,6 @@ class Generation {
   }
 
   Response run(const std::function<bool(const Response&)>& on_response);
-  /** No work may outlive the caches that it writes to. */
-  static void end_work() noexcept {
-    try {
-      mx::synchronize();
-    } catch (...) {
-    }
-  }
 
  private:
   void validate() const;
@@ -465,6 +458,13 @@ bool prefill(model::CausalModel& model, const std::vector<int>& prompt, const Op
 }
 
 /** MLX's allocator does not see mapped and packed weights, which is where a CPU model lies. */
+void end_evaluation() noexcept {
+  try {
+    mx::synchronize();
+  } catch (...) {
+  }
+}
+
 double peak_memory_gb() {
   const auto allocated = static_cast<int64_t>(mx::get_peak_memory());
   return static_cast<double>(on_gpu() ? allocated : std::max(allocated, peak_resident_bytes())) / 1e9;
@@ -476,7 +476,7 @@ Response stream_generate(model::CausalModel& model, const text::Tokenizer& token
   try {
     return generation.run(on_response);
   } catch (...) {
-    Generation::end_work();
+    end_evaluation();
     throw;
   }
 }

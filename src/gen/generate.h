@@ -61,6 +61,9 @@ struct Response {
 /** GB (1e9 bytes): on a GPU of MLX's allocator, on the CPU of the whole process. */
 double peak_memory_gb();
 
+/** Ends an evaluation that failed: no work may outlive the caches that it writes to. Thread: the one that owns MLX. */
+void end_evaluation() noexcept;
+
 /** Runs a prompt through `caches` (made when empty) without sampling anything: they then hold all its tokens. Of `options` it uses the
  * prefill step, the sizes and quantization of caches, on_prefill and cancel. Returns false when it was cancelled. Throws as
  * stream_generate. Reference: mlx_lm/cache_prompt.py, which generates 0 tokens */

@@ -13,6 +13,7 @@
 #include "cache/layer_shape.h"
 #include "cache/quantized.h"
 #include "gen/callers_choice.h"
+#include "gen/generate.h"
 #include "gen/memory.h"
 #include "kernels/cpu/kernels.h"
 #include "plan/plan.h"
@@ -22,14 +23,6 @@ namespace {
 
 constexpr int kBlockTokens = 256;  // as caches grow
 constexpr int64_t kClearEverySteps = 128;
-
-/** Ends the evaluation of a step that failed: no work may outlive the caches that it writes to. */
-void end_evaluation() noexcept {
-  try {
-    mx::synchronize();
-  } catch (...) {
-  }
-}
 
 /** Other steps end soon by themselves. */
 bool is_long(const engine::StepPlan& plan) {
@@ -43,12 +36,7 @@ bool is_long(const engine::StepPlan& plan) {
 std::optional<cache::KvShape> shape_of(const cache::Cache& c) {
   const auto* kv = dynamic_cast<const cache::KvCache*>(&c);
   if (kv == nullptr || !kv->plans_writes() || !kernels::cpu::active()) return std::nullopt;
-  std::vector<mx::array> buffers;
-  for (const auto& a : kv->state()) {
-    if (a.ndim() == 4) buffers.push_back(a);
-  }
-  if (buffers.size() != 2) return std::nullopt;
-  return cache::KvShape{buffers[0].shape(1), buffers[0].shape(3), buffers[1].shape(3), buffers[0].dtype()};
+  return kv->shape();
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include "cache/prompt_file.h"
 #include "engine/async_mask.h"
+#include "fuzz/tiny_models.h"
 #include "gen/runner.h"
 #include "parity/parity_case.h"
 
@@ -129,22 +130,8 @@ Request ready(const Wish& wish, int vocab) {
   return r;
 }
 
-class FailureFuzz : public testing::TestWithParam<std::string> {
+class FailureFuzz : public TinyModels {
  protected:
-  void SetUp() override {
-    const auto golden = load_golden(GetParam());
-    model_ = make_model(make_checkpoint(golden.info.at("config"), golden.info));
-    auto other = golden.info;
-    other["seed"] = other.at("seed").get<int>() + 1;
-    draft_model_ = make_model(make_checkpoint(other.at("config"), other));
-    try {
-      cache::check_quantization(model_->description(), {4, 32, 0});
-    } catch (const Error&) {
-      quantizable_ = false;
-    }
-    vocab_ = model_->description().vocab;
-  }
-  int pick(int low, int high) { return std::uniform_int_distribution(low, high)(random_); }
   std::function<bool()> once_in(int count) {
     return [this, count] { return failing_ && pick(1, count) == 1; };
   }
@@ -402,10 +389,7 @@ class FailureFuzz : public testing::TestWithParam<std::string> {
     }
   }
 
-  std::mt19937 random_;
-  std::unique_ptr<model::CausalModel> model_, draft_model_;
-  bool quantizable_ = true, failing_ = false;
-  int vocab_ = 0;
+  bool failing_ = false;
   double now_s_ = 0;
 };
 

@@ -9,6 +9,7 @@
 #include <mlx/ops.h>
 
 #include "engine/engine.h"
+#include "fuzz/tiny_models.h"
 #include "gen/generate.h"
 #include "gen/runner.h"
 #include "parity/parity_case.h"
@@ -43,23 +44,8 @@ std::vector<int> run_alone(model::CausalModel& model, const Request& r, int chun
   return tokens;
 }
 
-class ModelFuzz : public testing::TestWithParam<std::string> {
+class ModelFuzz : public TinyModels {
  protected:
-  void SetUp() override {
-    const auto golden = load_golden(GetParam());
-    model_ = make_model(make_checkpoint(golden.info.at("config"), golden.info));
-    auto other = golden.info;
-    other["seed"] = other.at("seed").get<int>() + 1;
-    draft_model_ = make_model(make_checkpoint(other.at("config"), other));
-    try {
-      cache::check_quantization(model_->description(), {4, 32, 0});
-    } catch (const Error&) {
-      quantizable_ = false;
-    }
-    vocab_ = model_->description().vocab;
-  }
-  int pick(int low, int high) { return std::uniform_int_distribution(low, high)(random_); }
-
   Request request() {
     Request r;
     // Few beginnings, so that prefixes are shared: mostly short ones, and some beyond a block of the caches, of which memory is shared.
@@ -170,11 +156,6 @@ class ModelFuzz : public testing::TestWithParam<std::string> {
       EXPECT_TRUE(got.size() <= wanted.size() && std::equal(got.begin(), got.end(), wanted.begin()));
     }
   }
-
-  std::mt19937 random_;
-  std::unique_ptr<model::CausalModel> model_, draft_model_;
-  bool quantizable_ = true;
-  int vocab_ = 0;
 };
 
 /** FUZZ_LONG=1 goes on for longer, FUZZ_SEED=n begins at a story. */

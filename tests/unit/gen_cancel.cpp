@@ -128,13 +128,18 @@ TEST_P(Stopped, TheCachesAreAsBeforeTheChunk) {
 }
 
 TEST_P(Stopped, ABatchEndsAndTellsNothingOfTheStep) {
-  std::atomic<bool> flag = false;
-  Interrupted interrupted(*model_, flag, 3);  // the first one is the runner's own
-  gen::BatchRun run{.cancel = &flag};
-  run.limits.prefill_tokens = 64;
-  const auto prompt = some_tokens(150, model_->description().vocab);
-  for (const int count : {1, 3}) {
-    const auto answers = gen::batch_generate(interrupted, tokenizer(), std::vector<gen::BatchItem>(count, {.prompt = prompt}), run);
+  const auto tokens = some_tokens(300, model_->description().vocab);
+  for (const int count : {1, 3}) {  // of three prompts, two have a part of the step that is stopped
+    std::atomic<bool> flag = false;
+    Interrupted interrupted(*model_, flag, 3);  // the first one is the runner's own
+    gen::BatchRun run{.cancel = &flag};
+    run.limits.prefill_tokens = 64;
+    std::vector<gen::BatchItem> items(count);
+    for (int i = 0; i < count; ++i) {
+      items[i].prompt.assign(tokens.begin() + i * 300 / count, tokens.begin() + (i + 1) * 300 / count);
+    }
+    const auto answers = gen::batch_generate(interrupted, tokenizer(), items, run);
+    EXPECT_EQ(interrupted.calls, 3);
     for (const auto& a : answers) {
       EXPECT_EQ(a.finish, gen::Finish::cancelled);
       EXPECT_FALSE(a.error) << a.error->what();

@@ -1,0 +1,207 @@
+// Caches that requests bring and take along: handed over, held while their request waits, given up, lost.
+#include <gtest/gtest.h>
+#include <algorithm>
+#include <utility>
+
+#include "contract/scripted_runner.h"
+
+namespace mlxlm::tests {
+namespace {
+
+#define EXPECT_SOUND(b) EXPECT_TRUE((b).violations.empty()) << (b).violations.front()
+
+TEST(Engine, CachesAreHandedOverAndTakenUp) {
+  Bench b;
+  Request r{.tokens = prompt_of(10), .max_tokens = 8, .keep_cache = true};
+  const auto whole = alone(r);
+  r.max_tokens = 4;
+  const auto first = b.submit(r);
+  while (b.engine->running() + b.engine->waiting() > 0) {
+    b.handed_over = 1;  // of the step that ends it
+    b.violations.clear();
+    b.step();
+  }
+  EXPECT_SOUND(b);
+  const auto last = b.last.at(first);
+  ASSERT_NE(last.cache, 0);
+  EXPECT_EQ(last.cache_tokens.size(), 13u);  // the last token is not in it
+  EXPECT_EQ(b.runner.caches.at(last.cache).tokens, last.cache_tokens);
+  b.handed_over = 0;
+  const auto second =
+      b.submit({.tokens = {b.answers[first].back()}, .max_tokens = 4, .cache = last.cache, .cache_tokens = last.cache_tokens});
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(b.answers[second], std::vector<int>(whole.begin() + 4, whole.end()));
+  // A refused request frees what it was given.
+  const auto given = b.runner.reserve(5, {});
+  EXPECT_THROW(b.submit({.tokens = {1}, .cache = given, .cache_tokens = {1, 2}}), Error);
+  EXPECT_FALSE(b.runner.caches.contains(given));
+}
+
+TEST(Engine, ACacheMayComeWithoutItsTokens) {
+  Bench b({.prefix_cache_bytes = 100'000});
+  const auto given = [&] {
+    const auto cache = b.runner.reserve(20, {});
+    b.runner.caches.at(cache).tokens = prompt_of(20);
+    return cache;
+  };
+  b.runner.guess = [](const DraftWanted& w, const Sampling&) {
+    EXPECT_EQ(w.tokens.front(), 5);
+    return std::vector<int>{1, 2};
+  };
+  b.runner.before_run = [](const StepPlan& plan) {
+    for (const auto& row : plan.rows) EXPECT_TRUE(row.history.empty() || row.history.front() == 5);
+  };
+  const Request wanted{.tokens = {5, 6}, .max_tokens = 6, .cache_tokens = prompt_of(20)};
+  const Sampling penalty{.repetition_penalty = 1.1f};
+  const auto id = b.submit({.tokens = {5, 6}, .max_tokens = 6, .sampling = penalty, .drafts = {.ngram_tokens = 3}, .cache = given()});
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(b.answers[id], alone(wanted));
+  EXPECT_TRUE(b.engine->snapshot().stored.empty());  // under which tokens?
+  // What is known comes back.
+  const auto kept = b.submit({.tokens = {5, 6}, .max_tokens = 3, .cache = given(), .keep_cache = true});
+  b.step();
+  EXPECT_EQ(b.engine->cache_of(kept)->second, (std::vector<int>{5, 6}));
+  b.drain();
+  EXPECT_EQ(b.last.at(kept).cache_tokens, (std::vector<int>{5, 6, b.answers[kept][0], b.answers[kept][1]}));
+  b.engine->submit({.tokens = {7}, .max_tokens = 1, .cache = b.last.at(kept).cache, .cache_tokens = b.last.at(kept).cache_tokens});
+  b.violations.clear();
+  b.drain();
+  EXPECT_SOUND(b);
+}
+
+TEST(Engine, ACacheWithoutItsTokensIsNotComputedAgain) {
+  Bench b;
+  const auto cache = b.runner.reserve(20, {});
+  b.runner.caches.at(cache).tokens = prompt_of(20);
+  const auto id = b.submit({.tokens = {5, 6}, .max_tokens = 9, .cache = cache});
+  const Request other{.tokens = prompt_of(3, 1), .max_tokens = 9};
+  const auto good = b.submit(other);
+  int step = 0;
+  b.runner.step_fails = [&](const StepPlan&) { return step++ == 3; };
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(b.last.at(id).finish, Finish::failed);
+  EXPECT_EQ(b.last.at(id).error->code(), Code::internal);  // of the step, not of memory
+  EXPECT_EQ(b.answers[good], alone(other));
+}
+
+TEST(Engine, BroughtCachesCountWhileTheirRequestsWait) {
+  Bench b({.max_sequences = 1, .memory_bytes = 1000});
+  const auto bring = [&](int salt, int held) {
+    Request r{.tokens = prompt_of(5, salt), .max_tokens = 5};
+    r.cache_tokens = prompt_of(held, salt + 50);
+    r.cache = b.runner.reserve(held, {});
+    b.runner.caches.at(r.cache).tokens = r.cache_tokens;
+    return r;
+  };
+  std::vector<Request> requests;
+  std::vector<SequenceId> ids;
+  ids.push_back(b.submit(requests.emplace_back(Request{.tokens = prompt_of(60), .max_tokens = 20})));  // 330 bytes
+  b.step();
+  for (int i = 1; i < 4; ++i) {  // 250 bytes each: the last one does not fit any more
+    ids.push_back(b.submit(requests.emplace_back(bring(i, 60))));
+    b.check();
+  }
+  EXPECT_EQ(b.engine->memory().reserved_bytes, 330 + 2 * 250);
+  EXPECT_EQ(b.engine->memory().held_bytes, 250 + 2 * 250);
+  b.drain();
+  EXPECT_SOUND(b);
+  for (std::size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(b.answers[ids[i]], alone(requests[i])) << i;
+  // Nobody runs, and the first in the queue needs the room that the second one's cache takes.
+  const auto large = b.submit(requests.emplace_back(Request{.tokens = prompt_of(100), .max_tokens = 100}));
+  const auto second = b.submit(requests.emplace_back(bring(7, 60)));
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(b.answers[large].size(), 100u);
+  EXPECT_EQ(b.answers[second], alone(requests.back()));
+  EXPECT_TRUE(b.runner.caches.empty());
+}
+
+TEST(Engine, ABroughtCacheOfUnknownTokensKeepsItsRoomOrIsRefused) {
+  Bench b({.max_sequences = 1, .memory_bytes = 1000});
+  const auto given = [&] {
+    const auto cache = b.runner.reserve(60, {});
+    b.runner.caches.at(cache).tokens = prompt_of(60);
+    return cache;
+  };
+  b.submit({.tokens = prompt_of(60), .max_tokens = 20});  // 330 bytes
+  b.step();
+  const auto bring = [&] { return Request{.tokens = {5}, .max_tokens = 3, .cache = given()}; };
+  std::vector<SequenceId> ids;
+  for (int i = 0; i < 2; ++i) ids.push_back(b.submit(bring()));  // 250 bytes each
+  try {
+    b.engine->submit(bring());
+    ADD_FAILURE() << "there was no room";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), Code::out_of_memory);
+  }
+  b.drain();
+  EXPECT_SOUND(b);
+  for (const auto id : ids) EXPECT_EQ(b.answers[id].size(), 3u);
+  EXPECT_TRUE(b.runner.caches.empty());
+}
+
+/** Each has room to grow from the moment it is brought, so that the first of them never waits for what the others hold. */
+TEST(Engine, BroughtCachesOfUnknownTokensAllEnd) {
+  Bench b({.max_sequences = 1, .memory_bytes = 1000});
+  std::vector<SequenceId> ids;
+  int refused = 0;
+  for (int i = 0; i < 5; ++i) {
+    const auto cache = b.runner.reserve(60, {});
+    b.runner.caches.at(cache).tokens = prompt_of(60);
+    try {
+      ids.push_back(b.submit({.tokens = {5}, .max_tokens = 3, .cache = cache}));
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), Code::out_of_memory);
+      ++refused;
+    }
+  }
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(ids.size(), 3u);
+  EXPECT_EQ(refused, 2);
+  for (const auto id : ids) EXPECT_EQ(b.answers[id].size(), 3u) << b.last.at(id).error->what();
+}
+
+/** A lone answer without a limit takes the room of what a waiting request has brought before it fails. */
+TEST(Engine, ABroughtCacheGivesWayToAnAnswerThatGrows) {
+  Bench b({.max_sequences = 1, .memory_bytes = 1000});
+  const auto growing = b.submit({.tokens = prompt_of(20), .max_tokens = -1});
+  b.step();
+  Request r{.tokens = prompt_of(5, 1), .max_tokens = 5};
+  r.cache_tokens = prompt_of(60, 2);
+  r.cache = b.runner.reserve(60, {});
+  b.runner.caches.at(r.cache).tokens = r.cache_tokens;
+  const auto second = b.submit(r);
+  while (b.answers[growing].size() < 200) {  // 220 tokens and more: with the other's 250 bytes they would not fit
+    ASSERT_FALSE(b.last.contains(growing)) << b.answers[growing].size();
+    b.step();
+  }
+  b.engine->cancel(growing);
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(b.answers[second], alone(r));
+}
+
+/** Memory for a limited cache is reserved for chunks of this size, so what a lost cache held must not come in a larger one. */
+TEST(Engine, ABroughtCacheThatIsLostIsComputedInChunks) {
+  Bench b({.prefill_tokens = 64, .limited_chunk_tokens = 8});
+  Request r{.tokens = prompt_of(5, 1), .max_tokens = 4, .max_kv_size_tokens = 10};
+  r.cache_tokens = prompt_of(60, 2);
+  r.cache = b.runner.reserve(60, {.max_kv_size_tokens = 10});
+  b.runner.caches.at(r.cache).tokens = r.cache_tokens;
+  b.runner.step_fails = [failed = false](const StepPlan&) mutable { return !std::exchange(failed, true); };
+  const auto id = b.submit(r);
+  b.submit({.tokens = prompt_of(5, 3), .max_tokens = 4});
+  b.drain();
+  EXPECT_SOUND(b);
+  EXPECT_EQ(b.answers[id], alone(r));
+  for (const auto& plan : b.runner.plans) {
+    for (const auto& row : plan.rows) EXPECT_LE(row.tokens.size(), 8u);
+  }
+}
+
+}  // namespace
+}  // namespace mlxlm::tests
