@@ -4,7 +4,9 @@
 /** How codes are stored, as a template argument. */
 enum Format { u2 = 2, u3 = 3, u4 = 4, u5 = 5, u6 = 6, u8 = 8, fp4, fp8 };
 
-constexpr int bits_of(Format f) { return f == fp4 ? 4 : f == fp8 ? 8 : int(f); }
+constexpr int bits_of(Format f) {
+  return f == fp4 ? 4 : f == fp8 ? 8 : int(f);
+}
 
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 
@@ -31,7 +33,9 @@ inline F load_fp8(const uint8_t* p) {
 
 inline F panel_scale(const uint8_t* p, Storage s, int which) {
   if (s == Storage::e8m0) {
-#if defined(__AVX512F__) || !defined(__AVX2__)
+#if defined(__AVX512F__)
+    const U x = (U)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * which)));
+#elif !defined(__AVX2__)
     Bytes16 raw;
     memcpy(&raw, p + 16 * which, 16);
     const U x = __builtin_convertvector(raw, U);
@@ -46,6 +50,17 @@ inline F panel_scale(const uint8_t* p, Storage s, int which) {
   }
   if (s == Storage::e4m3) return load_fp8(p + 16 * which) * 256.f;
   return load_any(p, s, 16 * which);
+}
+
+/** panel_scale where SIZE (panel_digits) says that scales are short. */
+template <Format C, int SIZE>
+inline F group_scale(const uint8_t* p, Storage s, int which) {
+  if constexpr (SIZE == 0)
+    return panel_scale(p, s, which);
+  else if constexpr (C == fp4)
+    return panel_scale(p, SIZE == 32 ? Storage::e8m0 : Storage::e4m3, which);
+  else
+    return panel_scale(p, s == Storage::bf16 ? Storage::bf16 : Storage::f16, which);
 }
 
 constexpr int64_t prefetch_ahead = 4096;  // bytes; docs/performance.md
@@ -93,16 +108,22 @@ inline F code_float(const Words& w, int j) {
     return (F)_mm512_permutexvar_ps((__m512i)n, table);
 #else
     const U size = ((U{} + 0xC8643210u) >> ((n & 7u) << 2)) & 15u;
-    return (F)((U)__builtin_convertvector((I)size, F) | (n & 8u) << 28);
+    return (F)((U) __builtin_convertvector((I)size, F) | (n & 8u) << 28);
 #endif
   } else {
     U code;
-    if constexpr (C == u4) code = (w.base >> (4 * j)) & 15u;
-    else if constexpr (C == u5) code = ((w.base >> (4 * j)) & 15u) | ((w.plane >> (byte + odd)) & 1u) << 4;
-    else if constexpr (C == u6) code = ((w.base >> (4 * j)) & 15u) | ((w.plane >> (byte + 2 * odd)) & 3u) << 4;
-    else if constexpr (C == u3) code = ((w.base >> (byte + 2 * odd)) & 3u) | ((w.plane >> (byte + odd)) & 1u) << 2;
-    else if constexpr (C == u2) code = (w.base >> (byte + 2 * odd)) & 3u;
-    else code = (w.base >> (8 * j)) & 255u;
+    if constexpr (C == u4)
+      code = (w.base >> (4 * j)) & 15u;
+    else if constexpr (C == u5)
+      code = ((w.base >> (4 * j)) & 15u) | ((w.plane >> (byte + odd)) & 1u) << 4;
+    else if constexpr (C == u6)
+      code = ((w.base >> (4 * j)) & 15u) | ((w.plane >> (byte + 2 * odd)) & 3u) << 4;
+    else if constexpr (C == u3)
+      code = ((w.base >> (byte + 2 * odd)) & 3u) | ((w.plane >> (byte + odd)) & 1u) << 2;
+    else if constexpr (C == u2)
+      code = (w.base >> (byte + 2 * odd)) & 3u;
+    else
+      code = (w.base >> (8 * j)) & 255u;
     return __builtin_convertvector((I)code, F);
   }
 }
@@ -295,33 +316,92 @@ inline void codes_at(const uint8_t* group, int d, H& even, H& odd) {
   }
 }
 
-/** Integer sums of one group: codes times high and low digits of R rows. */
+/** R rows that lie `stride` elements apart: every fourth has a pointer, the others are one, two or three strides from it, so that all of
+ * them fit the registers. */
+template <class T, int R>
+class RowPointers {
+ public:
+  RowPointers(const T* first, int64_t stride) : stride_(stride), three_(3 * stride) {
+    for (int i = 0; i < fours; ++i) base_[i] = first + 4 * i * stride;
+  }
+  /** To the same rows, so many elements further. */
+  void advance(int64_t by) {
+#pragma GCC unroll 4
+    for (int i = 0; i < fours; ++i) {
+      base_[i] += by;
+      __asm__("" : "+r"(base_[i]));  // else the compiler keeps all R of them, in memory
+    }
+  }
+  const T* operator[](int i) const { return base_[i / 4] + (i % 4 == 3 ? three_ : i % 4 * stride_); }
+
+ private:
+  static constexpr int fours = (R + 3) / 4;
+  const T* base_[fours];
+  int64_t stride_, three_;
+};
+
+/** Integer sums of one group: codes times high and low digits of R rows. A row alone has two sums of each, of even and of odd codes, so
+ * that no product waits for the one before. */
 template <Format C, int R, int DIGITS>
-inline void group_dots(const uint8_t* group, int size, const int8_t* x, int64_t row, int64_t k, D* high, D* low) {
+inline void group_dots(const uint8_t* group, int size, const RowPointers<int8_t, R>& x_high, const RowPointers<int8_t, R>& x_low, D* high,
+                       D* low) {
+  constexpr bool bytes = C == u8;
+  D more_high = D{}, more_low = D{};
 #pragma GCC unroll 12
   for (int i = 0; i < R; ++i) high[i] = low[i] = D{};
-  if constexpr (C == u8) {
-    for (int d = 0; d < size / 4; ++d) {
-      const H w = load_codes(group + d * 64);
-#pragma GCC unroll 12
-      for (int i = 0; i < R; ++i) {
-        const int8_t* xi = x + i * row + d * 4;
-        high[i] = dot<true>(high[i], w, four_digits(xi));
-        if constexpr (DIGITS == 2) low[i] = dot<true>(low[i], w, four_digits(xi + k));
-      }
+#pragma GCC unroll 16
+  for (int d = 0; d < size / 8; ++d) {
+    H even, odd;
+    if constexpr (bytes) {
+      even = load_codes(group + d * 128);
+      odd = load_codes(group + d * 128 + 64);
+    } else {
+      codes_at<C>(group, d, even, odd);
     }
-  } else {
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) {
+      high[i] = dot<bytes>(high[i], even, four_digits(x_high[i] + d * 8));
+      if constexpr (DIGITS == 2) low[i] = dot<bytes>(low[i], even, four_digits(x_low[i] + d * 8));
+      D &second_high = R == 1 ? more_high : high[i], &second_low = R == 1 ? more_low : low[i];
+      second_high = dot<bytes>(second_high, odd, four_digits(x_high[i] + d * 8 + 4));
+      if constexpr (DIGITS == 2) second_low = dot<bytes>(second_low, odd, four_digits(x_low[i] + d * 8 + 4));
+    }
+  }
+  if constexpr (R == 1) {
+    high[0] += more_high;
+    low[0] += more_low;
+  }
+}
+
+/** As group_dots, high << 7 plus low in one sum each: two passes over the codes, and registers for more rows. */
+template <Format C, int R>
+inline void group_dots_joined(const uint8_t* group, int size, const RowPointers<int8_t, R>& x_high, const RowPointers<int8_t, R>& x_low,
+                              D* sums) {
+  constexpr bool bytes = C == u8;
+#pragma GCC unroll 12
+  for (int i = 0; i < R; ++i) sums[i] = D{};
+#pragma GCC unroll 2
+  for (int low = 0; low < 2; ++low) {
+    const auto& x = low == 0 ? x_high : x_low;
+#pragma GCC unroll 16
     for (int d = 0; d < size / 8; ++d) {
       H even, odd;
-      codes_at<C>(group, d, even, odd);
+      if constexpr (bytes) {
+        even = load_codes(group + d * 128);
+        odd = load_codes(group + d * 128 + 64);
+      } else {
+        codes_at<C>(group, d, even, odd);
+        __asm__("" : "+v"(even), "+v"(odd));  // else they are kept for the second pass, in memory
+      }
 #pragma GCC unroll 12
       for (int i = 0; i < R; ++i) {
-        const int8_t* xi = x + i * row + d * 8;
-        high[i] = dot<false>(high[i], even, four_digits(xi));
-        if constexpr (DIGITS == 2) low[i] = dot<false>(low[i], even, four_digits(xi + k));
-        high[i] = dot<false>(high[i], odd, four_digits(xi + 4));
-        if constexpr (DIGITS == 2) low[i] = dot<false>(low[i], odd, four_digits(xi + k + 4));
+        sums[i] = dot<bytes>(sums[i], even, four_digits(x[i] + d * 8));
+        sums[i] = dot<bytes>(sums[i], odd, four_digits(x[i] + d * 8 + 4));
       }
+    }
+    if (low == 0) {
+#pragma GCC unroll 12
+      for (int i = 0; i < R; ++i) sums[i] <<= 7;
     }
   }
 }
@@ -339,20 +419,24 @@ inline void add_group(P& total, D sum, P scale, P bias, float step, float digit_
 }
 
 /** Activations as integers a group: two digits (relative error about 4e-5, nearly as fast as one where memory is the limit) or one (5e-3).
- */
-template <Format C, int R, int DIGITS>
+ *  SIZE: of a group, with scales of 16 bits (e2m1: of 8), or 0 = whatever the panels say. */
+template <Format C, int R, int DIGITS, int SIZE>
 void panel_digits(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
-  const int groups = p.k / p.group;
-  const int64_t group_bytes = p.group_bytes(), code_bytes = p.code_bytes(), row = DIGITS * int64_t(a.k);
+  const int groups = p.k / p.group, size = SIZE > 0 ? SIZE : p.group;
+  const int64_t code_bytes = SIZE > 0 ? SIZE * bits_of(C) * 2 : p.code_bytes(),
+                group_bytes = SIZE > 0 ? code_bytes + (C == fp4 ? 16 : 64) : p.group_bytes(), row = DIGITS * int64_t(a.k);
+  const Storage storage = p.scales;
   P total[pieces][R];
 #pragma GCC unroll 12
   for (int i = 0; i < R; ++i) {
     for (int q = 0; q < pieces; ++q) total[q][i] = P{};
   }
-  const int8_t* x = a.digits + int64_t(m0) * row;
-  for (int g = 0; g < groups; ++g, panel += group_bytes, x += p.group) {
+  RowPointers<int8_t, R> x_high(a.digits + int64_t(m0) * row, row), x_low(a.digits + int64_t(m0) * row + a.k, row);
+  RowPointers<float, R> steps(a.steps + int64_t(m0) * a.groups, a.groups), digit_sums(a.digit_sums + int64_t(m0) * a.groups, a.groups);
+  for (int g = 0; g < groups; ++g, panel += group_bytes) {
     prefetch_group(panel, group_bytes);
-    const F scales = panel_scale(panel + code_bytes, p.scales, 0), biases = C == fp4 ? F{} : panel_scale(panel + code_bytes, p.scales, 1);
+    const F scales = group_scale<C, SIZE>(panel + code_bytes, storage, 0),
+            biases = C == fp4 ? F{} : group_scale<C, SIZE>(panel + code_bytes, storage, 1);
     float scale_of[16], bias_of[16];
     if constexpr (pieces > 1) {
       store(scale_of, scales);
@@ -360,7 +444,15 @@ void panel_digits(const Panels& p, const uint8_t* panel, const Activations& a, i
     }
     for (int q = 0; q < pieces; ++q) {
       D high[R], low[R];
-      group_dots<C, R, DIGITS>(panel + q * piece_bytes, p.group, x, row, a.k, high, low);
+      if constexpr (R > 8 && DIGITS == 2) {
+        group_dots_joined<C, R>(panel + q * piece_bytes, size, x_high, x_low, high);
+      } else {
+        group_dots<C, R, DIGITS>(panel + q * piece_bytes, size, x_high, x_low, high, low);
+        if constexpr (DIGITS == 2) {
+#pragma GCC unroll 12
+          for (int i = 0; i < R; ++i) high[i] = (high[i] << 7) + low[i];
+        }
+      }
       P scale, bias;
       if constexpr (pieces == 1) {
         scale = (P)scales;
@@ -371,16 +463,31 @@ void panel_digits(const Panels& p, const uint8_t* panel, const Activations& a, i
       }
 #pragma GCC unroll 12
       for (int i = 0; i < R; ++i) {
-        const int64_t at = int64_t(m0 + i) * a.groups + g;
-        const D sum = DIGITS == 2 ? (high[i] << 7) + low[i] : high[i];
-        add_group<C == fp4>(total[q][i], sum, scale, bias, a.steps[at], a.digit_sums[at]);
+        add_group<C == fp4>(total[q][i], high[i], scale, bias, *steps[i], *digit_sums[i]);
       }
     }
+    x_high.advance(size);
+    if (DIGITS == 2) x_low.advance(size);
+    steps.advance(1);
+    digit_sums.advance(1);
   }
 #pragma GCC unroll 12
   for (int i = 0; i < R; ++i) {
     for (int q = 0; q < pieces; ++q) memcpy(c + int64_t(i) * ldc + q * piece_rows, &total[q][i], sizeof(P));
   }
+}
+
+/** Groups of the usual sizes and scales have kernels of their own: the compiler then knows all distances, and what is read. */
+template <Format C, int R, int DIGITS>
+void panel_digits_of(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
+  if constexpr (C == fp4) {
+    if (p.group == 32 && p.scales == Storage::e8m0) return panel_digits<C, R, DIGITS, 32>(p, panel, a, m0, c, ldc);
+    if (p.group == 16 && p.scales == Storage::e4m3) return panel_digits<C, R, DIGITS, 16>(p, panel, a, m0, c, ldc);
+  } else if (p.scales == Storage::f16 || p.scales == Storage::bf16) {
+    if (p.group == 32) return panel_digits<C, R, DIGITS, 32>(p, panel, a, m0, c, ldc);
+    if (p.group == 64) return panel_digits<C, R, DIGITS, 64>(p, panel, a, m0, c, ldc);
+  }
+  panel_digits<C, R, DIGITS, 0>(p, panel, a, m0, c, ldc);
 }
 #endif
 
@@ -388,8 +495,8 @@ template <Format C, int R>
 inline void panel_rows(const Panels& p, const uint8_t* panel, const Activations& a, int m0, float* c, int64_t ldc) {
 #if defined(MLXLM_DIGITS)
   if constexpr (C != fp8) {
-    if (a.digits != nullptr && a.digit_count == 1) return panel_digits<C, R, 1>(p, panel, a, m0, c, ldc);
-    if (a.digits != nullptr) return panel_digits<C, R, 2>(p, panel, a, m0, c, ldc);
+    if (a.digits != nullptr && a.digit_count == 1) return panel_digits_of<C, R, 1>(p, panel, a, m0, c, ldc);
+    if (a.digits != nullptr) return panel_digits_of<C, R, 2>(p, panel, a, m0, c, ldc);
   }
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -403,8 +510,11 @@ void panel_format(const Panels& p, const uint8_t* panel, const Activations& a, i
   while (count > 0) {
 #if defined(__AVX512VNNI__)
     if constexpr (C != fp8) {
-      if (count >= 12 && a.digits != nullptr && a.digit_count == 1) {
-        panel_digits<C, 12, 1>(p, panel, a, m0, c, ldc);
+      if (count >= 12 && a.digits != nullptr) {
+        if (a.digit_count == 1)
+          panel_digits_of<C, 12, 1>(p, panel, a, m0, c, ldc);
+        else
+          panel_digits_of<C, 12, 2>(p, panel, a, m0, c, ldc);
         m0 += 12;
         count -= 12;
         c += 12 * ldc;
@@ -418,10 +528,14 @@ void panel_format(const Panels& p, const uint8_t* panel, const Activations& a, i
     const int most = a.digits != nullptr || C == fp8 ? 4 : 8;  // sums of more rows than that do not stay in registers
 #endif
     const int rows = count >= most ? most : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-    if (rows == 8) panel_rows<C, 8>(p, panel, a, m0, c, ldc);
-    else if (rows == 4) panel_rows<C, 4>(p, panel, a, m0, c, ldc);
-    else if (rows == 2) panel_rows<C, 2>(p, panel, a, m0, c, ldc);
-    else panel_rows<C, 1>(p, panel, a, m0, c, ldc);
+    if (rows == 8)
+      panel_rows<C, 8>(p, panel, a, m0, c, ldc);
+    else if (rows == 4)
+      panel_rows<C, 4>(p, panel, a, m0, c, ldc);
+    else if (rows == 2)
+      panel_rows<C, 2>(p, panel, a, m0, c, ldc);
+    else
+      panel_rows<C, 1>(p, panel, a, m0, c, ldc);
     m0 += rows;
     count -= rows;
     c += rows * ldc;
@@ -432,12 +546,18 @@ void panel_kernel(const Panels& p, const uint8_t* panel, const Activations& a, i
   if (p.codes == Codes::e2m1) return panel_format<fp4>(p, panel, a, m0, count, c, ldc);
   if (p.codes == Codes::e4m3) return panel_format<fp8>(p, panel, a, m0, count, c, ldc);
   switch (p.bits) {
-    case 2: return panel_format<u2>(p, panel, a, m0, count, c, ldc);
-    case 3: return panel_format<u3>(p, panel, a, m0, count, c, ldc);
-    case 4: return panel_format<u4>(p, panel, a, m0, count, c, ldc);
-    case 5: return panel_format<u5>(p, panel, a, m0, count, c, ldc);
-    case 6: return panel_format<u6>(p, panel, a, m0, count, c, ldc);
-    default: return panel_format<u8>(p, panel, a, m0, count, c, ldc);
+    case 2:
+      return panel_format<u2>(p, panel, a, m0, count, c, ldc);
+    case 3:
+      return panel_format<u3>(p, panel, a, m0, count, c, ldc);
+    case 4:
+      return panel_format<u4>(p, panel, a, m0, count, c, ldc);
+    case 5:
+      return panel_format<u5>(p, panel, a, m0, count, c, ldc);
+    case 6:
+      return panel_format<u6>(p, panel, a, m0, count, c, ldc);
+    default:
+      return panel_format<u8>(p, panel, a, m0, count, c, ldc);
   }
 }
 
