@@ -27,7 +27,7 @@ void add_model(CLI::App& c, std::string& model, bool& trust_remote_code) {
 
 void add_cpu_precision(CLI::App& c, std::string& value) {
   c.add_option("--cpu-precision", value,
-               "Activations in products with quantized weights: exact (float32), default (15 bits), fast (8 bits)")
+               "Activations in products with quantized weights: exact (float32), default (15 bits), fast (8 bits, the output layer 15)")
       ->check(CLI::IsMember({"exact", "default", "fast"}))
       ->capture_default_str();
 }

@@ -69,6 +69,7 @@ class GraphModel final : public CausalModel {
     const bool own_head = !m.tied_head && store.has(m.head + ".weight");
     if (!own_head && !m.tied_head && !m.tied_unless_stored) throw Error(Code::bad_weights, m.head + ".weight", "missing");
     head_ = own_head ? store.map({m.head}) : embed_;
+    head_->make_output_layer();
     bytes_ = store.bytes;
     made_ = std::move(store.made);
   }

@@ -121,7 +121,7 @@ mx::array Linear::adapted(const mx::array& x) const {
 mx::array Linear::operator()(const mx::array& input) const {
   const auto x = input_quant_ ? rounded(input, *input_quant_) : input;
   if (base_) return adapted(x);
-  if (packed_) return cpu::matmul(x, packed_, bias_);
+  if (packed_) return cpu::matmul(x, packed_, bias_, output_layer_);
   std::vector<mx::array> outputs;
   if (!split_.empty()) {
     for (const auto& part : split_) outputs.push_back((*part)(x));
@@ -165,6 +165,7 @@ mx::array Linear::embed(const mx::array& tokens, mx::Dtype dtype) const {
 cpu::EagerMap Linear::eager() const {
   cpu::EagerMap map;
   map.out_dims = out_dims_;
+  map.output_layer = output_layer_;
   if (input_quant_) return map;
   for (const auto& part : split_) {
     auto one = part->eager();

@@ -45,6 +45,12 @@ class Linear {
   /** As an embedding table: tokens [...] -> [..., in]. */
   mx::array embed(const mx::array& tokens, mx::Dtype dtype) const;
   int64_t bytes() const;
+  /** It gives the logits: never with fewer than two digits (docs/performance.md). */
+  void make_output_layer() {
+    output_layer_ = true;
+    if (base_) base_->make_output_layer();
+    for (const auto& part : split_) part->make_output_layer();
+  }
   int out_dims() const { return out_dims_; }
   /** The packed matrices one below the other, for executors that run without arrays; no parts unless on the CPU, without adapters and with
    * inputs as they come. */
@@ -64,6 +70,7 @@ class Linear {
   float adapter_scale_ = 0.f;
   std::optional<plan::Quant> input_quant_;
   int out_dims_ = 0;
+  bool output_layer_ = false;
 };
 
 /** One small map a head, as in absorbed latent attention: [H, out, in], kept dense. */

@@ -73,6 +73,30 @@ TEST(EagerMap, IsTheMatmulOfItsParts) {
   }
 }
 
+/** Products of one map with that precision: by the fused executor's kernel and by the primitive. */
+std::vector<Bits> products(cpu::Precision precision, bool output_layer) {
+  constexpr int k = 128, m = 3, rows = 48;
+  cpu::set_precision(precision);
+  cpu::EagerMap map{.parts = {{packed(3, {rows, k}, 4, 32), {}}}, .out_dims = rows, .output_layer = output_layer};
+  const auto x = random(1, {m, k}, mx::bfloat16);
+  std::vector<float> out(m * rows);
+  cpu::eager_map(map, m, Source(x).function(), false, out.data(), rows);
+  const auto y = mx::array(out.data(), {m, rows}, mx::float32);
+  auto primitive = cpu::matmul(x, map.parts[0].matrix, std::nullopt, output_layer);
+  std::vector<Bits> bits{bits_of(mx::astype(y, mx::bfloat16)), bits_of(primitive)};
+  cpu::set_precision(cpu::Precision::standard);
+  return bits;
+}
+
+TEST(EagerMap, AnOutputLayerKeepsTwoDigitsWhereOthersAreFast) {
+  const auto two = products(cpu::Precision::standard, false);
+  EXPECT_EQ(two[0], two[1]);
+  EXPECT_EQ(products(cpu::Precision::fast, true), two);
+  if (cpu::isa().uses_digits) {
+    EXPECT_NE(products(cpu::Precision::fast, false), two);
+  }
+}
+
 TEST(EagerMap, NoRows) {
   cpu::EagerMap map{{{packed(1, {16, 32}, 4, 32), {}}}, 16};
   cpu::eager_map(map, 0, [](int, float*) { FAIL(); }, false, nullptr, 16);

@@ -38,6 +38,9 @@ void set_precision(Precision precision) {
 Precision precision() {
   return wanted_precision;
 }
+int digits_of_activations(bool output_layer) {
+  return wanted_precision == Precision::fast && !output_layer ? 1 : 2;
+}
 
 std::string isa_name() {
   return isa().name;

@@ -20,7 +20,7 @@ class Form {
                               a.panels.group == b.panels.group);
   }
 
-  void fill(int m, const PackedMatrix& w, bool exact, const float* x) {
+  void fill(int m, const PackedMatrix& w, bool exact, bool output_layer, const float* x) {
     const int k = w.k;
     a_ = {};
     a_.x = x;
@@ -31,7 +31,7 @@ class Form {
     a_.groups = groups;
     float* sums = sums_.get(int64_t(m) * groups);
     float* steps = digits ? steps_.get(int64_t(m) * groups) : nullptr;
-    a_.digit_count = precision() == Precision::fast ? 1 : 2;
+    a_.digit_count = digits_of_activations(output_layer);
     if (digits && static_cast<int64_t>(digits_.size()) < 2 * int64_t(m) * k) digits_.resize(2 * int64_t(m) * k + 64);
     a_.sums = a_.digit_sums = sums;
     a_.steps = steps;
@@ -107,9 +107,9 @@ Scratch& shared_scratch() {
 }
 
 /** x [m][k] by the source, and its form for `w`, row by row in parallel when it pays. */
-void prepare(Scratch& s, int m, const PackedMatrix& w, bool exact, const RowSource* source) {
+void prepare(Scratch& s, int m, const PackedMatrix& w, bool exact, const RowSource* source, bool output_layer = false) {
   float* x = s.x.get(int64_t(m) * w.k);
-  s.form.fill(m, w, exact, x);
+  s.form.fill(m, w, exact, output_layer, x);
   const int chunks = int64_t(m) * w.k < 8192 ? 1 : std::min(m, compute_pool().threads() * 4);
   in_parallel(chunks, [&](int chunk) {
     for (int i = int(int64_t(m) * chunk / chunks); i < int(int64_t(m) * (chunk + 1) / chunks); ++i) {
@@ -130,7 +130,7 @@ void store_block(const float* c, int count, int width, const float* bias, float*
 }
 
 void multiply(const PackedMatrix& w, const Activations& a, int m, const float* bias, float* out, int64_t ld_out) {
-  constexpr int m_block = 64;
+  constexpr int m_block = 96;
   const int panels = w.panel_count(), blocks = (m + m_block - 1) / m_block;
   // Few rows: a thread takes a long run of panels, which it reads as one stream.
   const int grain =
@@ -162,7 +162,7 @@ std::vector<int> by_expert(const int* experts, int total) {
  * row 0. */
 void multiply_experts(const PackedMatrix& w, const Activations& a, const std::vector<int>& order, const int* experts, bool one_row,
                       float* out, int64_t ld_out) {
-  constexpr int m_block = 64;
+  constexpr int m_block = 96;
   struct Run {
     int expert, first, count;
   };
@@ -204,7 +204,8 @@ void eager_map(const EagerMap& map, int m, const RowSource& source, bool exact, 
   const PackedMatrix* prepared = nullptr;
   for (const auto& part : map.parts) {
     const auto& w = *part.matrix;
-    if (prepared == nullptr || !Form::same(*prepared, w)) prepare(s, m, w, exact, prepared == nullptr ? &source : nullptr);
+    if (prepared == nullptr || !Form::same(*prepared, w))
+      prepare(s, m, w, exact, prepared == nullptr ? &source : nullptr, map.output_layer);
     prepared = &w;
     multiply(w, s.form.view(), m, part.bias.empty() ? nullptr : part.bias.data(), out + first, ld_out);
     first += w.rows;

@@ -44,6 +44,7 @@ struct EagerMap {
   };
   std::vector<Part> parts{};
   int out_dims = 0;
+  bool output_layer = false;  // gives logits: digits_of_activations
 };
 
 /** Writes row `row` of the activations to `to`; called once a row, from any thread of the pool. */

@@ -19,6 +19,9 @@ enum class Precision { exact, standard, fast };
 /** For the whole process; set before a model runs. */
 void set_precision(Precision precision);
 Precision precision();
+/** Digits of 8 bits that stand for an activation: two, or one with Precision::fast, except before an output layer, whose errors are those
+ * of the logits. */
+int digits_of_activations(bool output_layer);
 
 /** A weight matrix [N, K] (or stacked [X, N, K]) in the layout that the matmul kernels read. Immutable, shared. */
 class PackedMatrix;
@@ -37,8 +40,9 @@ PackedMatrixPtr pack_dense(const std::vector<mx::array>& weights);
 
 int64_t packed_bytes(const PackedMatrix& w);
 
-/** x [..., K] -> [..., N] = x W^T (+ bias [N]). */
-mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::optional<mx::array>& bias = std::nullopt);
+/** x [..., K] -> [..., N] = x W^T (+ bias [N]). `output_layer`: digits_of_activations. */
+mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::optional<mx::array>& bias = std::nullopt,
+                 bool output_layer = false);
 
 /** Experts: x [T, K] (or [T, k, K] when `per_expert_input`), indices int32/uint32 [T, k] -> [T, k, N]; row (t, j) uses expert indices[t,
  * j]. */

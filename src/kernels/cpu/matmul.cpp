@@ -21,7 +21,7 @@ struct Prepared {
   std::vector<int8_t> digits;
 
   /** x has m rows; `exact`: float32 arithmetic instead of digits. */
-  void prepare(const Rows& rows, int m, const PackedMatrix& w, bool exact) {
+  void prepare(const Rows& rows, int m, const PackedMatrix& w, bool exact, bool output_layer = false) {
     const int k = w.k;
     x.resize(int64_t(m) * k + 64);
     a.k = k;
@@ -33,7 +33,7 @@ struct Prepared {
       a.groups = k / w.panels.group;
       sums.resize(int64_t(m) * a.groups);
       if (use_digits) {
-        a.digit_count = precision() == Precision::fast ? 1 : 2;
+        a.digit_count = digits_of_activations(output_layer);
         digits.resize(a.digit_count * int64_t(m) * k);
         steps.resize(int64_t(m) * a.groups);
       }
@@ -73,18 +73,18 @@ void add_bias_and_store(mx::array& out, int64_t row, int n_total, int first, int
   isa().store(c, storage_of(out.dtype()), out.data<uint8_t>() + (row * n_total + first) * item, count);
 }
 
-void run_matmul(const std::vector<mx::array>& in, mx::array& out, const PackedMatrix& w) {
+void run_matmul(const std::vector<mx::array>& in, mx::array& out, const PackedMatrix& w, bool output_layer) {
   const Rows rows(in[0]);
   const int m = static_cast<int>(rows.count()), n = w.rows;
   if (m == 0) return;
   auto& p = prepared();
-  p.prepare(rows, m, w, in[0].dtype() == mx::float32);
+  p.prepare(rows, m, w, in[0].dtype() == mx::float32, output_layer);
   std::vector<float> bias;
   if (in.size() > 1) {
     bias.resize(n);
     Rows(in[1]).load(0, bias.data());
   }
-  constexpr int m_block = 64;
+  constexpr int m_block = 96;
   const int panels = w.panel_count(), blocks = (m + m_block - 1) / m_block;
   const int grain = m == 1 ? std::max(1, panels / (compute_pool().threads() * 8)) : 1;
   const int chunks = (panels + grain - 1) / grain;
@@ -166,7 +166,7 @@ void expand_row(const PackedMatrix& w, int64_t n, float* out) {
   expand_panel_row(w.panels, w.panel(0, static_cast<int>(n / 16)), static_cast<int>(n % 16), out);
 }
 
-mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::optional<mx::array>& bias) {
+mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::optional<mx::array>& bias, bool output_layer) {
   if (x.ndim() == 0 || x.shape(-1) != w->k) throw Error(Code::internal, "matmul", "x does not have the width of the weights");
   storage_of(x.dtype());  // throws here, not on the stream's thread
   auto shape = x.shape();
@@ -178,7 +178,7 @@ mx::array matmul(const mx::array& x, const PackedMatrixPtr& w, const std::option
     inputs.push_back(*bias);
   }
   return make_kernel("Matmul", std::move(shape), x.dtype(), std::move(inputs),
-                     [w](const auto& in, auto& out) { run_matmul(in, out[0], *w); });
+                     [w, output_layer](const auto& in, auto& out) { run_matmul(in, out[0], *w, output_layer); });
 }
 
 mx::array gather_matmul(const mx::array& x, const PackedMatrixPtr& w, const mx::array& indices, bool per_expert_input,
