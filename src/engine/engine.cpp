@@ -77,13 +77,11 @@ Engine::~Engine() {
     if (q->cache != 0) runner_.free(q->cache);
     runner_.end(id);
   }
-  save_prefixes();
+  for (const auto& held : prefixes_.contents()) {
+    if (store_ != nullptr) store_->save(held.entry.cache, held.tokens, held.space);
+    release(prefixes_.shrink_to(prefixes_.bytes() - held.entry.bytes));  // this one, the oldest: what is saved is not held twice
+  }
   release(prefixes_.shrink_to(0));
-}
-
-void Engine::save_prefixes() {
-  if (store_ == nullptr) return;
-  for (const auto& held : prefixes_.contents()) store_->save(held.entry.cache, held.tokens, held.space);
 }
 
 Engine::Sequence* Engine::find(SequenceId id) const {
@@ -358,8 +356,10 @@ void Engine::store_at_boundary(Sequence& q) {
     copied = runner_.copy(q.cache, info.tokens);
     const auto held = runner_.info(copied);
     if (make_room_for_prefix(held.bytes)) {  // what a copy cannot share comes on top
-      if (store_ != nullptr) store_->save(copied, key, prefix_space(q));
+      // Else it is saved when the engine ends, if it is still there.
+      if (store_ != nullptr && has_room_to_save(held.bytes)) store_->save(copied, key, prefix_space(q));
       release(prefixes_.insert(key, {copied, 0, held.bytes, held.trimmable}, prefix_space(q)));
+      make_room(0);
       return;
     }
   } catch (...) {
@@ -456,6 +456,7 @@ MemoryReport Engine::memory() const {
   MemoryReport report{.reserved_bytes = reserved_bytes_,
                       .stored_bytes = prefixes_.bytes(),
                       .stored_budget_bytes = prefixes_.budget_bytes(),
+                      .unwritten_bytes = unwritten_bytes(),
                       .limit_bytes = limits_.memory_bytes};
   for (const auto& [id, q] : sequences_) {
     const auto held = q->cache != 0 ? runner_.info(q->cache) : CacheInfo{};
@@ -488,6 +489,7 @@ Snapshot Engine::snapshot() const {
   s.reserved_bytes = reserved_bytes_;
   s.stored_bytes = prefixes_.bytes();
   s.stored_budget_bytes = prefixes_.budget_bytes();
+  s.unwritten_bytes = unwritten_bytes();
   s.memory_bytes = limits_.memory_bytes;
   s.max_sequences = limits_.max_sequences;
   return s;

@@ -98,7 +98,8 @@ struct MemoryReport {
   int64_t reserved_bytes = 0;  // for requests that run, what they hold included, and for caches that waiting ones brought
   int64_t stored_bytes = 0;    // for prefixes
   int64_t stored_budget_bytes = 0;
-  int64_t limit_bytes = 0;  // of reserved and stored; 0 = none
+  int64_t unwritten_bytes = 0;  // for prefixes on their way to a store
+  int64_t limit_bytes = 0;      // of reserved, stored and unwritten; 0 = none
   struct Row {
     SequenceId id = 0;
     bool running = false;
@@ -146,10 +147,9 @@ class Engine {
   /** Gives up stored prefixes until at most so many bytes are held. */
   void shrink_prefix_cache(int64_t bytes) { release(prefixes_.shrink_to(bytes)); }
   const PrefixCache& prefixes() const { return prefixes_; }
-  /** Prefixes are looked for there, too; those of boundaries are saved at once, the others when the engine ends. It must outlive the
-   * engine, or be taken back (null). Nothing without prefix_cache_bytes. */
+  /** Prefixes are looked for there, too; those of boundaries are saved at once where memory allows, the others when the engine ends. It
+   * must outlive the engine, or be taken back (null). Nothing without prefix_cache_bytes. */
   void set_store(PrefixStore* store) { store_ = limits_.prefix_cache_bytes > 0 ? store : nullptr; }
-  void save_prefixes();
 
  private:
   struct Sequence;
@@ -179,6 +179,8 @@ class Engine {
   bool give_up_brought_cache(const Sequence& q);
   bool make_room(int64_t bytes);
   bool make_room_for_prefix(int64_t bytes);
+  int64_t unwritten_bytes() const;
+  bool has_room_to_save(int64_t bytes) const;
   bool extend(Sequence& q);
   void preempt(Sequence& q);
   void check_result(const StepPlan& plan, const StepResult& result) const;

@@ -192,9 +192,11 @@ CacheOptions Engine::cache_options(const Request& r) const {
   return o;
 }
 
-/** Caches of other options are of no use to a prompt. */
 uint64_t Engine::prefix_space(const Sequence& q) const {
-  const auto& o = q.cache_options;
+  return engine::prefix_space(q.cache_options);
+}
+
+uint64_t prefix_space(const CacheOptions& o) {
   auto space = static_cast<uint64_t>(o.max_kv_size_tokens);
   if (o.kv_bits > 0) {
     for (const auto part : {o.kv_bits, o.kv_group_size, o.quantized_from_tokens})
@@ -214,13 +216,25 @@ int64_t Engine::tokens_to_reserve(const Sequence& q) const {
   return held;
 }
 
-/** True when so many more bytes may be held; stored prefixes give way, but not in vain. */
+int64_t Engine::unwritten_bytes() const {
+  return store_ != nullptr ? store_->unwritten_bytes() : 0;
+}
+
+/** True when so many more bytes may be held; what the store has not yet written gives way, then stored prefixes, but not in vain. */
 bool Engine::make_room(int64_t bytes) {
   if (limits_.memory_bytes == 0) return true;
   const int64_t left = limits_.memory_bytes - reserved_bytes_ - bytes;
   if (left < 0) return false;
-  release(prefixes_.shrink_to(left));
+  if (store_ != nullptr) store_->shrink_unwritten(std::max<int64_t>(0, left - prefixes_.bytes()));
+  release(prefixes_.shrink_to(left - unwritten_bytes()));
   return true;
+}
+
+/** Beside the prefix in memory, and never more than prefixes may take there. */
+bool Engine::has_room_to_save(int64_t bytes) const {
+  const auto unwritten = unwritten_bytes() + bytes;
+  if (unwritten > limits_.prefix_cache_bytes) return false;
+  return limits_.memory_bytes == 0 || reserved_bytes_ + prefixes_.bytes() + bytes + unwritten <= limits_.memory_bytes;
 }
 
 /** As make_room(), for one more stored prefix: older ones make room before it is there, so that the budget holds meanwhile. */

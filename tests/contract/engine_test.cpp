@@ -323,13 +323,77 @@ struct ScriptedStore final : PrefixStore {
     runner.caches[++runner.last] = {tokens};
     return {runner.last, tokens};
   }
-  void save(CacheId, std::span<const int>, uint64_t) noexcept override {}
+  void save(CacheId cache, std::span<const int>, uint64_t) noexcept override {
+    ++saves;
+    unwritten += runner.info(cache).bytes;
+  }
+  int64_t unwritten_bytes() noexcept override { return unwritten; }
+  void shrink_unwritten(int64_t bytes) noexcept override {
+    given_up += unwritten > bytes;
+    unwritten = std::min(unwritten, bytes);
+  }
 
   ScriptedRunner& runner;
+  int saves = 0, given_up = 0;
+  int64_t unwritten = 0;
   std::vector<int> tokens;
   bool gone = false;
   int reads = 0;
 };
+
+/** A prefix of 40 tokens takes 170 bytes, and as much again while it is on its way to a disk. */
+TEST(Engine, WhatIsNotYetWrittenCounts) {
+  const Request first{.tokens = prompt_of(41), .max_tokens = 1, .store_at_end = false, .boundaries = {40}};
+  const auto reserved = 10 + 4 * 42, stored = 170;
+  const auto run = [&](int64_t memory_bytes, auto&& check) {
+    Bench b({.memory_bytes = memory_bytes, .prefix_cache_bytes = 400});
+    ScriptedStore store(b.runner, {});
+    b.engine->set_store(&store);
+    b.submit(first);
+    b.drain();
+    check(b, store);
+    EXPECT_SOUND(b);
+    b.engine->set_store(nullptr);
+  };
+  run(reserved + 2 * stored, [&](Bench& b, ScriptedStore& store) {
+    EXPECT_EQ(store.saves, 1);
+    EXPECT_EQ(b.engine->memory().unwritten_bytes, stored);
+    EXPECT_EQ(b.engine->memory().stored_bytes, stored);
+    // Who comes next gets the room: what is not yet written gives way first.
+    b.submit({.tokens = prompt_of(60, 7), .max_tokens = 20});
+    b.step();
+    EXPECT_EQ(b.engine->running(), 1);
+    EXPECT_GT(store.given_up, 0);
+    EXPECT_EQ(b.engine->memory().stored_bytes, stored);
+    b.drain();
+  });
+  run(reserved + 2 * stored - 1, [&](Bench& b, ScriptedStore& store) {
+    EXPECT_EQ(store.saves, 0) << "no room beside the prefix in memory";
+    EXPECT_EQ(b.engine->memory().stored_bytes, stored);
+  });
+  run(0, [&](Bench& b, ScriptedStore& store) {  // a slow disk: never more than prefixes may take in memory
+    for (int i = 1; i < 5; ++i) {
+      auto next = first;
+      next.tokens = prompt_of(41, i);
+      b.submit(next);
+      b.drain();
+    }
+    EXPECT_EQ(store.saves, 2);
+    EXPECT_EQ(store.unwritten, 2 * stored);
+  });
+}
+
+TEST(Engine, WhatTheDiskHasNotSeenIsSavedAtTheEnd) {
+  Bench b({.memory_bytes = 400, .prefix_cache_bytes = 1000});
+  ScriptedStore store(b.runner, {});
+  b.engine->set_store(&store);
+  b.submit({.tokens = prompt_of(41), .max_tokens = 1, .store_at_end = false, .boundaries = {40}});
+  b.drain();
+  EXPECT_EQ(store.saves, 0);
+  b.engine.reset();
+  EXPECT_EQ(store.saves, 1);
+  EXPECT_TRUE(b.runner.caches.empty());
+}
 
 TEST(Engine, ADeferredPromptReadsTheStoreOnce) {
   for (const bool gone : {false, true}) {
