@@ -404,6 +404,7 @@ StepReport Engine::step() {
   const auto plan = schedule();
   const auto generated = counters_.generated_tokens, failed_steps = counters_.failed_steps;
   int first_tokens = 0;
+  double held_tokens = 0;  // before each of the prompts' tokens, all together
   for (const auto& row : plan.rows) {
     const auto* q = find(row.sequence);
     if (q->decoding()) {
@@ -411,6 +412,7 @@ StepReport Engine::step() {
       report.draft_tokens += static_cast<int>(row.draft.size());
     } else {
       report.prompt_tokens += static_cast<int>(row.tokens.size());
+      held_tokens += static_cast<double>(row.tokens.size()) * (q->computed_tokens + 0.5 * static_cast<double>(row.tokens.size()));
       first_tokens += row.wanted_rows;
     }
   }
@@ -436,7 +438,8 @@ StepReport Engine::step() {
     report.outcome = has_work() ? Outcome::capacity_deferred : Outcome::no_work;
   }
   if (!plan.rows.empty() && counters_.failed_steps == failed_steps) {
-    pacer_.observe(report.decode_rows + report.draft_tokens, report.prompt_tokens, report.seconds);
+    pacer_.observe(report.decode_rows + report.draft_tokens, report.prompt_tokens, held_tokens / std::max(1, report.prompt_tokens),
+                   report.seconds);
     const double decode_s = report.seconds * (plan.tokens() - report.prompt_tokens) / plan.tokens();
     counters_.decode_s += decode_s;
     counters_.prompt_s += report.seconds - decode_s;

@@ -75,7 +75,7 @@ struct Limits {
   int max_sequences = 32;           // running at once
   int prefill_tokens = 512;         // prompt tokens of a step that nobody's decoding waits for
   int least_prefill_tokens = 4;     // prompt tokens of a step beside decoding, however slow they are
-  double pace = 1.8;                // a step with prompt tokens is to take so many times one without; see bench/engine.cpp
+  double pace = 2.0;                // a step with prompt tokens is to take so many times one without; see bench/engine.cpp
   int step_tokens = 0;              // all tokens of a step with decoding rows; 0 = as `pace` says
   int draft_tokens = 64;            // of all sequences in a step
   int limited_chunk_tokens = 2048;  // see Request::max_kv_size_tokens
@@ -162,9 +162,9 @@ class Engine {
   int most_drafts(const Sequence& q) const;
   void plan_decode(StepPlan& plan);
   void plan_drafts(StepPlan& plan);
-  void plan_prompts(StepPlan& plan, int budget);
+  void plan_prompts(StepPlan& plan, int decode_rows);
   bool plan_suspect(StepPlan& plan);
-  int prompt_budget(int decode_rows) const;
+  int prompt_budget(int decode_rows, int held_tokens) const;
   int chunk_of(const Sequence& q, int budget) const;
   int add_row(StepPlan& plan, Sequence& q, int budget) const;
   enum class Admission { admitted, deferred, failed };

@@ -136,18 +136,67 @@ TEST(Engine, DecodingRowsComeFirstAndPromptsFillTheBudget) {
 
 TEST(Engine, ThePromptBudgetFollowsTheTimeThatStepsTake) {
   Pacer pacer(2.0, 8, 512);
-  EXPECT_EQ(pacer.prompt_tokens(0), 512);
-  EXPECT_EQ(pacer.prompt_tokens(16), 32);  // nothing known: about the time of the rows once more
-  for (int i = 0; i < 50; ++i) pacer.observe(16, 0, 0.060);
-  for (int i = 0; i < 50; ++i) pacer.observe(16, 32, 0.060 + 32 * 0.001);
-  EXPECT_NEAR(pacer.prompt_tokens(16), 60, 2);
-  EXPECT_NEAR(pacer.prompt_tokens(32), 60, 2);  // at least what fewer rows take
-  EXPECT_NEAR(pacer.prompt_tokens(8), 30, 2);
-  for (int i = 0; i < 50; ++i) pacer.observe(16, 60, 0.060 + 60 * 0.1);
-  EXPECT_EQ(pacer.prompt_tokens(16), 8);
-  pacer.observe(16, 0, -1);
-  pacer.observe(16, 5, std::numeric_limits<double>::quiet_NaN());
-  EXPECT_EQ(pacer.prompt_tokens(16), 8);
+  EXPECT_EQ(pacer.prompt_tokens(0, 0), 512);
+  EXPECT_EQ(pacer.prompt_tokens(16, 0), 32);  // nothing known: about the time of the rows once more
+  for (int i = 0; i < 50; ++i) pacer.observe(16, 0, 0, 0.060);
+  for (int i = 0; i < 50; ++i) pacer.observe(16, 32, 0, 0.060 + 32 * 0.001);
+  EXPECT_NEAR(pacer.prompt_tokens(16, 0), 60, 2);
+  EXPECT_NEAR(pacer.prompt_tokens(32, 0), 60, 2);  // at least what fewer rows take
+  EXPECT_NEAR(pacer.prompt_tokens(8, 0), 30, 2);
+  for (int i = 0; i < 50; ++i) pacer.observe(16, 60, 0, 0.060 + 60 * 0.1);
+  EXPECT_EQ(pacer.prompt_tokens(16, 0), 8);
+  pacer.observe(16, 0, 0, -1);
+  pacer.observe(16, 5, 0, std::numeric_limits<double>::quiet_NaN());
+  EXPECT_EQ(pacer.prompt_tokens(16, 0), 8);
+}
+
+/** A machine whose prompt tokens take longer the more come before them. */
+struct PacedMachine {
+  Pacer pacer{2.0, 4, 512};
+  double decode_s = 0.030, slower = 1;
+  double step(int tokens, int held) const { return slower * (decode_s + tokens * 0.0009 * (1 + held / 1500.)); }
+  /** The longest step of a prompt from `at` to `end`. */
+  double prompt(int at, int end) {
+    double longest_s = 0;
+    for (int steps = 0; at < end; ++steps) {
+      const int tokens = steps % 33 == 32 ? 0 : std::min(end - at, pacer.prompt_tokens(16, at));
+      const double seconds = step(tokens, at + tokens / 2);
+      pacer.observe(16, tokens, at + tokens / 2., seconds);
+      longest_s = std::max(longest_s, seconds);
+      at += tokens;
+    }
+    return longest_s;
+  }
+  void decode(int steps) {
+    for (int i = 0; i < steps; ++i) pacer.observe(16, 0, 0, slower * decode_s);
+  }
+};
+
+TEST(Pacer, APromptThatGoesOnFromALongPrefixTakesNoLongerSteps) {
+  PacedMachine m;
+  m.decode(20);
+  for (int i = 0; i < 20; ++i) m.prompt(0, 300);
+  EXPECT_LE(m.prompt(4000, 4096), 2.4 * m.decode_s) << "guessed before it was seen";
+  m.decode(20);
+  EXPECT_LE(m.prompt(0, 4096), 2.2 * m.decode_s);
+  EXPECT_LE(m.prompt(0, 100), 2.2 * m.decode_s) << "back at the beginning";
+  EXPECT_LE(m.prompt(4000, 4096), 2.2 * m.decode_s);
+  EXPECT_GE(m.pacer.prompt_tokens(16, 0), 25) << "what there is, is used";
+}
+
+TEST(Pacer, StepsThatWereDisturbedMakeNoRoomForPrompts) {
+  PacedMachine m;
+  m.decode(20);
+  m.prompt(0, 1000);
+  const int before = m.pacer.prompt_tokens(16, 1000);
+  for (int i = 0; i < 3; ++i) m.pacer.observe(16, 0, 0, 3 * m.decode_s);
+  EXPECT_EQ(m.pacer.prompt_tokens(16, 1000), before);
+  m.pacer.observe(16, before, 1000, 4 * m.decode_s);
+  EXPECT_LT(m.pacer.prompt_tokens(16, 1000), before * 0.6) << "a slow machine is believed at once";
+  m.slower = 1.5;  // for good: followed soon, on both sides
+  m.decode(12);
+  m.prompt(0, 1000);
+  EXPECT_NEAR(m.pacer.prompt_tokens(16, 0), 33, 5);
 }
 
 TEST(Engine, DecodingHasAStepOfItsOwnNowAndThen) {
