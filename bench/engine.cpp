@@ -1,6 +1,7 @@
 // Measures the engine on a real model, one JSON line a result: throughput by sequences, time between tokens while a long prompt is
 // admitted, and prefix reuse against prefill. Run: bench_engine MODEL [throughput|admission|learned|stored|prefix|prefix_small|chunks]...
-// (learned: admission with the default budget only; stored: the same while the prompt is saved as a prefix on disk)
+// (learned: admission with the default budget only; stored: the same while the prompt is saved as a prefix on disk; with
+// MLXLM_BENCH_TRACE=1 every step of these, to the standard error)
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -101,6 +102,7 @@ struct Bench {
     constexpr int kSequences = 16, kPrompt = 4096, kStored = 4000, kWarm = 40;
     const engine::Limits limits{.step_tokens = step_tokens, .prefix_cache_bytes = stored ? int64_t{4} << 30 : 0};
     gen::ModelRunner runner(model, limits);
+    const bool traced = std::getenv("MLXLM_BENCH_TRACE") != nullptr;
     const auto folder = std::filesystem::temp_directory_path() / fmt::format("bench_engine-{}", ::getpid());
     std::optional<gen::PrefixFiles> files;
     if (stored) files.emplace(gen::PrefixFolder{.folder = folder}, model, runner);
@@ -118,6 +120,10 @@ struct Bench {
       const auto report = engine.step();
       const double now = now_s();
       steps += report.decode_rows == kSequences;
+      if (traced) {
+        fmt::print(stderr, "{{\"trace\":\"step\",\"rows\":{},\"prompt_tokens\":{},\"ms\":{:.2f}}}\n", report.decode_rows,
+                   report.prompt_tokens, report.seconds * 1e3);
+      }
       for (const auto& e : report.events) {
         if (!e.chosen) continue;
         if (e.id == admitted) {

@@ -8,6 +8,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "base/error.h"
 
@@ -65,24 +66,44 @@ std::string read_text_file(const std::filesystem::path& path) {
   return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
-void write_file_atomically(const std::filesystem::path& path, std::string_view content) {
-  const std::filesystem::path beside = path.string() + ".tmp" + std::to_string(::getpid());
-  try {
-    Descriptor descriptor(beside, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-    while (!content.empty()) {
-      const ssize_t written = ::write(descriptor.get(), content.data(), content.size());
-      if (written < 0) {
-        if (errno == EINTR) continue;
-        throw io_error(path, errno, "write");
-      }
-      content.remove_prefix(static_cast<std::size_t>(written));
+NewFile::NewFile(std::filesystem::path path)
+    : path_(std::move(path)),
+      beside_(path_.string() + ".tmp" + std::to_string(::getpid())),
+      fd_(::open(beside_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) {
+  if (fd_ < 0) throw io_error(beside_, errno, "open");
+}
+
+NewFile::~NewFile() {
+  if (fd_ < 0) return;
+  ::close(fd_);
+  ::unlink(beside_.c_str());
+}
+
+void NewFile::write(std::string_view piece) {
+  while (!piece.empty()) {
+    const ssize_t written = ::write(fd_, piece.data(), piece.size());
+    if (written < 0) {
+      if (errno == EINTR) continue;
+      throw io_error(path_, errno, "write");
     }
-    if (::fsync(descriptor.get()) != 0) throw io_error(path, errno, "write");
-    if (::rename(beside.c_str(), path.c_str()) != 0) throw io_error(path, errno, "rename into place");
-  } catch (...) {
-    ::unlink(beside.c_str());
-    throw;
+    piece.remove_prefix(static_cast<std::size_t>(written));
   }
+}
+
+void NewFile::flush() {
+  if (::fsync(fd_) != 0) throw io_error(path_, errno, "write");
+}
+
+void NewFile::put_into_place() {
+  flush();
+  if (::rename(beside_.c_str(), path_.c_str()) != 0) throw io_error(path_, errno, "rename into place");
+  ::close(std::exchange(fd_, -1));
+}
+
+void write_file_atomically(const std::filesystem::path& path, std::string_view content) {
+  NewFile file(path);
+  file.write(content);
+  file.put_into_place();
 }
 
 }  // namespace mlxlm

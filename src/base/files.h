@@ -32,6 +32,26 @@ class MappedFile {
 /** Throws Error(not_found) or Error(io). */
 std::string read_text_file(const std::filesystem::path& path);
 
+/** A file that is written piece by piece beside `path` (".tmp" and the process are added to its name) and takes its place at once: a crash
+ * leaves the old file or the new one. Every function throws Error(io). */
+class NewFile {
+ public:
+  explicit NewFile(std::filesystem::path path);
+  /** Unless it was put into its place, nothing is left of it. */
+  ~NewFile();
+  NewFile(const NewFile&) = delete;
+  NewFile& operator=(const NewFile&) = delete;
+  void write(std::string_view piece);
+  /** Waits until the disk has what was written. */
+  void flush();
+  /** Waits for the disk. The last call. */
+  void put_into_place();
+
+ private:
+  std::filesystem::path path_, beside_;
+  int fd_;
+};
+
 /** Writes beside `path` and renames, so that a crash leaves the old file or the new one. Throws Error(io). */
 void write_file_atomically(const std::filesystem::path& path, std::string_view content);
 

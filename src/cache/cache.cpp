@@ -2,6 +2,7 @@
 #include "cache/cache.h"
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 
 #include <mlx/ops.h>
@@ -149,8 +150,8 @@ void KvCache::cut_shared() {
   }
 }
 
-/** All keys and values, [B,K,offset,E] and [B,K,offset,F]; the cache must not be empty. */
-std::pair<mx::array, mx::array> KvCache::joined() const {
+/** Keys and values, each as the arrays that they lie in, [B,K,n,E] and [B,K,n,F]. */
+std::pair<std::vector<mx::array>, std::vector<mx::array>> KvCache::parts() const {
   std::vector<mx::array> keys, values;
   for (const auto& part : shared_) {
     keys.push_back(rows(part->keys, 0, part->rows));
@@ -160,10 +161,16 @@ std::pair<mx::array, mx::array> KvCache::joined() const {
     keys.push_back(rows(*keys_, 0, own_rows()));
     values.push_back(rows(*values_, 0, own_rows()));
   }
-  if (keys.size() == 1) return {keys[0], values[0]};
   for (auto* list : {&keys, &values}) {
     for (auto& a : *list) a = mx::astype(a, list->front().dtype());
   }
+  return {std::move(keys), std::move(values)};
+}
+
+/** All keys and values, [B,K,offset,E] and [B,K,offset,F]; the cache must not be empty. */
+std::pair<mx::array, mx::array> KvCache::joined() const {
+  const auto [keys, values] = parts();
+  if (keys.size() == 1) return {keys[0], values[0]};
   return {mx::concatenate(keys, 2), mx::concatenate(values, 2)};
 }
 
@@ -267,6 +274,8 @@ Stored KvCache::stored() const {
   const auto [keys, values] = joined();
   s.arrays["0"] = keys;
   s.arrays["1"] = values;
+  std::tie(s.parts["0"], s.parts["1"]) = parts();
+  s.lent.assign(shared_.begin(), shared_.end());
   return s;
 }
 

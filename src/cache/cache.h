@@ -23,6 +23,9 @@ struct Stored {
   std::string kind{};
   std::map<std::string, std::optional<mx::array>> arrays{};  // nothing = None
   std::map<std::string, int64_t> numbers{};
+  /** Where an array above lies in several places: these, joined along the third axis. */
+  std::map<std::string, std::vector<mx::array>> parts{};
+  std::vector<std::shared_ptr<const void>> lent{};  // while these live, nobody writes to the memory of what others see as well
 };
 
 /** Thread: the one that owns MLX. */
@@ -156,6 +159,7 @@ class KvCache final : public AttentionCache {
 
  private:
   int own_rows() const { return offset_ - shared_rows_; }
+  std::pair<std::vector<mx::array>, std::vector<mx::array>> parts() const;
   std::pair<mx::array, mx::array> joined() const;
   void cut_shared();
   bool would_change_lent_rows() const { return own_rows() < lent_rows_ && loan_.use_count() > 1; }

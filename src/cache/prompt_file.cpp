@@ -255,13 +255,18 @@ void set_lengths(const fs::path& file, Caches& caches, const PromptMetadata& met
   }
 }
 
-/** Tensors and strings of a file. */
-std::pair<weights::Tensors, std::map<std::string, std::string>> content_of(const Caches& caches, const arch::Model& model,
-                                                                           PromptMetadata metadata) {
+struct Content {
+  weights::Tensors tensors{};
+  std::map<std::string, std::string> strings{};
+  std::map<std::string, std::vector<mx::array>> parts{};  // of tensors that lie in several places, see Stored
+  std::vector<std::shared_ptr<const void>> lent{};
+};
+
+Content content_of(const Caches& caches, const arch::Model& model, PromptMetadata metadata) {
   check_fits(caches, model);
   const auto layout = plan::cache_layout(model);
-  weights::Tensors tensors;
-  std::map<std::string, std::string> strings{{"2.0", ""}};
+  Content content{.strings = {{"2.0", ""}}};
+  auto& [tensors, strings, parts, lent] = content;
   int index = 0, scalars = 0;
   const auto add = [&](const std::string& path, const mx::array& value, const char* kind) {
     tensors.insert_or_assign(path, value);
@@ -275,6 +280,8 @@ std::pair<weights::Tensors, std::map<std::string, std::string>> content_of(const
       add(at + path, array ? *array : mx::zeros({0}, mx::float32), array ? nullptr : "none");
     }
     for (const auto& [path, number] : stored.numbers) add(at + path, mx::array(static_cast<int32_t>(number)), "scalar");
+    for (const auto& [path, list] : stored.parts) parts.emplace(at + path, list);
+    lent.insert(lent.end(), stored.lent.begin(), stored.lent.end());
   };
   for (std::size_t i = 0, end = 0; i < caches.size(); i = end) {
     for (end = i + 1; end < caches.size() && layout[end].layer == layout[i].layer;) ++end;
@@ -297,19 +304,67 @@ std::pair<weights::Tensors, std::map<std::string, std::string>> content_of(const
   }
   metadata[tokens_key] = std::to_string(prompt_tokens(caches));
   for (const auto& [key, value] : metadata) strings["0." + key] = value;
-  return {std::move(tensors), std::move(strings)};
+  return content;
+}
+
+std::span<const std::byte> bytes_at(const mx::array& a, std::size_t offset, std::size_t count) {
+  return {reinterpret_cast<const std::byte*>(a.data<char>()) + offset, count};
+}
+
+/** Whether rows of a head lie one after the other, as in a buffer with room for more. */
+bool has_dense_heads(const mx::array& a) {
+  return a.ndim() == 4 && (a.shape(3) == 1 || a.strides(3) == 1) && (a.shape(2) == 1 || a.strides(2) == a.shape(3));
+}
+
+/** Where the bytes of parts, joined along the third axis, are, in the order of a file. */
+void add_pieces(const std::vector<mx::array>& parts, std::vector<std::span<const std::byte>>& pieces) {
+  if (parts.size() == 1 && parts[0].flags().row_contiguous) return pieces.push_back(bytes_at(parts[0], 0, parts[0].nbytes()));
+  for (int b = 0; b < parts[0].shape(0); ++b) {
+    for (int head = 0; head < parts[0].shape(1); ++head) {
+      for (const auto& a : parts) {
+        const auto at = static_cast<std::size_t>(b * a.strides(0) + head * a.strides(1)) * a.itemsize();
+        pieces.push_back(bytes_at(a, at, static_cast<std::size_t>(a.shape(2)) * a.shape(3) * a.itemsize()));
+      }
+    }
+  }
 }
 
 }  // namespace
 
 void save_prompt_file(const fs::path& file, const Caches& caches, const arch::Model& model, PromptMetadata metadata) {
-  const auto [tensors, strings] = content_of(caches, model, std::move(metadata));
-  weights::save_safetensors(file, tensors, strings);
+  const auto content = content_of(caches, model, std::move(metadata));
+  weights::save_safetensors(file, content.tensors, content.strings);
 }
 
-std::string prompt_file_bytes(const Caches& caches, const arch::Model& model, PromptMetadata metadata) {
-  const auto [tensors, strings] = content_of(caches, model, std::move(metadata));
-  return weights::safetensors_bytes("prompt cache", tensors, strings);
+PromptFilePieces prompt_file_pieces(const Caches& caches, const arch::Model& model, PromptMetadata metadata) {
+  struct Owner {
+    std::vector<mx::array> arrays{};
+    std::vector<std::shared_ptr<const void>> lent{};
+  };
+  auto content = content_of(caches, model, std::move(metadata));
+  PromptFilePieces pieces{.start = weights::safetensors_start("prompt cache", content.tensors, content.strings)};
+  auto owner = std::make_shared<Owner>(Owner{.lent = std::move(content.lent)});
+  std::vector<std::vector<mx::array>> tensors;
+  std::vector<mx::array> all;
+  for (const auto& [name, value] : content.tensors) {
+    const auto parts = content.parts.find(name);
+    tensors.push_back(parts == content.parts.end() ? std::vector{value} : std::move(parts->second));
+    all.insert(all.end(), tensors.back().begin(), tensors.back().end());
+  }
+  mx::eval(all);  // of cuts of buffers: no copies
+  for (auto& parts : tensors) {
+    for (auto& a : parts) {
+      if ((parts.size() > 1 || !a.flags().row_contiguous) && !has_dense_heads(a)) {
+        a = mx::contiguous(a);
+        mx::eval(a);
+        pieces.copied_bytes += static_cast<int64_t>(a.nbytes());
+      }
+    }
+    add_pieces(parts, pieces.rest);
+    owner->arrays.insert(owner->arrays.end(), parts.begin(), parts.end());
+  }
+  pieces.owner = std::move(owner);
+  return pieces;
 }
 
 PromptMetadata read_prompt_metadata(const fs::path& file) {

@@ -3,7 +3,10 @@
 
 #include <filesystem>
 #include <map>
+#include <memory>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "cache/cache.h"
 #include "cache/quantized.h"
@@ -17,8 +20,16 @@ using PromptMetadata = std::map<std::string, std::string>;
  * mlx_lm. Throws Error(io), Error(unsupported). */
 void save_prompt_file(const std::filesystem::path& file, const Caches& caches, const arch::Model& model, PromptMetadata metadata);
 
-/** The content of such a file, for whoever writes it later or elsewhere. */
-std::string prompt_file_bytes(const Caches& caches, const arch::Model& model, PromptMetadata metadata);
+/** The content of such a file as it lies in memory, for whoever writes it later or elsewhere: `start`, and then `rest` piece by piece. */
+struct PromptFilePieces {
+  std::string start{};
+  std::vector<std::span<const std::byte>> rest{};
+  std::shared_ptr<const void> owner{};  // of the memory of `rest`, also when the caches are gone
+  int64_t copied_bytes = 0;             // of `rest`: what does not lie in memory as files have it
+};
+/** Caches are not copied where they lie in memory as kernels read them. They must not change any more: only be copied, or freed. Throws
+ * Error(unsupported). */
+PromptFilePieces prompt_file_pieces(const Caches& caches, const arch::Model& model, PromptMetadata metadata);
 
 /** Reads the header only: which model a file is of, before that model is loaded. */
 PromptMetadata read_prompt_metadata(const std::filesystem::path& file);

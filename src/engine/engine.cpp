@@ -77,13 +77,11 @@ Engine::~Engine() {
     if (q->cache != 0) runner_.free(q->cache);
     runner_.end(id);
   }
-  save_prefixes();
+  for (const auto& held : prefixes_.contents()) {
+    if (store_ != nullptr) store_->save(held.entry.cache, held.tokens, held.space);
+    release(prefixes_.shrink_to(prefixes_.bytes() - held.entry.bytes));  // this one, the oldest: what is saved is not held twice
+  }
   release(prefixes_.shrink_to(0));
-}
-
-void Engine::save_prefixes() {
-  if (store_ == nullptr) return;
-  for (const auto& held : prefixes_.contents()) store_->save(held.entry.cache, held.tokens, held.space);
 }
 
 Engine::Sequence* Engine::find(SequenceId id) const {
@@ -358,8 +356,10 @@ void Engine::store_at_boundary(Sequence& q) {
     copied = runner_.copy(q.cache, info.tokens);
     const auto held = runner_.info(copied);
     if (make_room_for_prefix(held.bytes)) {  // what a copy cannot share comes on top
-      if (store_ != nullptr) store_->save(copied, key, prefix_space(q));
+      // Else it is saved when the engine ends, if it is still there.
+      if (store_ != nullptr && has_room_to_save(held.bytes)) store_->save(copied, key, prefix_space(q));
       release(prefixes_.insert(key, {copied, 0, held.bytes, held.trimmable}, prefix_space(q)));
+      make_room(0);
       return;
     }
   } catch (...) {
@@ -404,6 +404,7 @@ StepReport Engine::step() {
   const auto plan = schedule();
   const auto generated = counters_.generated_tokens, failed_steps = counters_.failed_steps;
   int first_tokens = 0;
+  double held_tokens = 0;  // before each of the prompts' tokens, all together
   for (const auto& row : plan.rows) {
     const auto* q = find(row.sequence);
     if (q->decoding()) {
@@ -411,6 +412,7 @@ StepReport Engine::step() {
       report.draft_tokens += static_cast<int>(row.draft.size());
     } else {
       report.prompt_tokens += static_cast<int>(row.tokens.size());
+      held_tokens += static_cast<double>(row.tokens.size()) * (q->computed_tokens + 0.5 * static_cast<double>(row.tokens.size()));
       first_tokens += row.wanted_rows;
     }
   }
@@ -436,7 +438,8 @@ StepReport Engine::step() {
     report.outcome = has_work() ? Outcome::capacity_deferred : Outcome::no_work;
   }
   if (!plan.rows.empty() && counters_.failed_steps == failed_steps) {
-    pacer_.observe(report.decode_rows + report.draft_tokens, report.prompt_tokens, report.seconds);
+    pacer_.observe(report.decode_rows + report.draft_tokens, report.prompt_tokens, held_tokens / std::max(1, report.prompt_tokens),
+                   report.seconds);
     const double decode_s = report.seconds * (plan.tokens() - report.prompt_tokens) / plan.tokens();
     counters_.decode_s += decode_s;
     counters_.prompt_s += report.seconds - decode_s;
@@ -456,6 +459,7 @@ MemoryReport Engine::memory() const {
   MemoryReport report{.reserved_bytes = reserved_bytes_,
                       .stored_bytes = prefixes_.bytes(),
                       .stored_budget_bytes = prefixes_.budget_bytes(),
+                      .unwritten_bytes = unwritten_bytes(),
                       .limit_bytes = limits_.memory_bytes};
   for (const auto& [id, q] : sequences_) {
     const auto held = q->cache != 0 ? runner_.info(q->cache) : CacheInfo{};
@@ -488,6 +492,7 @@ Snapshot Engine::snapshot() const {
   s.reserved_bytes = reserved_bytes_;
   s.stored_bytes = prefixes_.bytes();
   s.stored_budget_bytes = prefixes_.budget_bytes();
+  s.unwritten_bytes = unwritten_bytes();
   s.memory_bytes = limits_.memory_bytes;
   s.max_sequences = limits_.max_sequences;
   return s;

@@ -75,7 +75,7 @@ struct Limits {
   int max_sequences = 32;           // running at once
   int prefill_tokens = 512;         // prompt tokens of a step that nobody's decoding waits for
   int least_prefill_tokens = 4;     // prompt tokens of a step beside decoding, however slow they are
-  double pace = 1.8;                // a step with prompt tokens is to take so many times one without; see bench/engine.cpp
+  double pace = 2.0;                // a step with prompt tokens is to take so many times one without; see bench/engine.cpp
   int step_tokens = 0;              // all tokens of a step with decoding rows; 0 = as `pace` says
   int draft_tokens = 64;            // of all sequences in a step
   int limited_chunk_tokens = 2048;  // see Request::max_kv_size_tokens
@@ -98,7 +98,8 @@ struct MemoryReport {
   int64_t reserved_bytes = 0;  // for requests that run, what they hold included, and for caches that waiting ones brought
   int64_t stored_bytes = 0;    // for prefixes
   int64_t stored_budget_bytes = 0;
-  int64_t limit_bytes = 0;  // of reserved and stored; 0 = none
+  int64_t unwritten_bytes = 0;  // for prefixes on their way to a store
+  int64_t limit_bytes = 0;      // of reserved, stored and unwritten; 0 = none
   struct Row {
     SequenceId id = 0;
     bool running = false;
@@ -146,10 +147,9 @@ class Engine {
   /** Gives up stored prefixes until at most so many bytes are held. */
   void shrink_prefix_cache(int64_t bytes) { release(prefixes_.shrink_to(bytes)); }
   const PrefixCache& prefixes() const { return prefixes_; }
-  /** Prefixes are looked for there, too; those of boundaries are saved at once, the others when the engine ends. It must outlive the
-   * engine, or be taken back (null). Nothing without prefix_cache_bytes. */
+  /** Prefixes are looked for there, too; those of boundaries are saved at once where memory allows, the others when the engine ends. It
+   * must outlive the engine, or be taken back (null). Nothing without prefix_cache_bytes. */
   void set_store(PrefixStore* store) { store_ = limits_.prefix_cache_bytes > 0 ? store : nullptr; }
-  void save_prefixes();
 
  private:
   struct Sequence;
@@ -162,9 +162,9 @@ class Engine {
   int most_drafts(const Sequence& q) const;
   void plan_decode(StepPlan& plan);
   void plan_drafts(StepPlan& plan);
-  void plan_prompts(StepPlan& plan, int budget);
+  void plan_prompts(StepPlan& plan, int decode_rows);
   bool plan_suspect(StepPlan& plan);
-  int prompt_budget(int decode_rows) const;
+  int prompt_budget(int decode_rows, int held_tokens) const;
   int chunk_of(const Sequence& q, int budget) const;
   int add_row(StepPlan& plan, Sequence& q, int budget) const;
   enum class Admission { admitted, deferred, failed };
@@ -179,6 +179,8 @@ class Engine {
   bool give_up_brought_cache(const Sequence& q);
   bool make_room(int64_t bytes);
   bool make_room_for_prefix(int64_t bytes);
+  int64_t unwritten_bytes() const;
+  bool has_room_to_save(int64_t bytes) const;
   bool extend(Sequence& q);
   void preempt(Sequence& q);
   void check_result(const StepPlan& plan, const StepResult& result) const;

@@ -84,8 +84,9 @@ class Check {
     want(stored == s_.stored_bytes, "{} bytes counted as stored, entries have {}", s_.stored_bytes, stored);
     want(s_.stored_bytes <= s_.stored_budget_bytes, "{} bytes stored for prefixes, wanted at most {}", s_.stored_bytes,
          s_.stored_budget_bytes);
-    want(s_.memory_bytes == 0 || s_.reserved_bytes + s_.stored_bytes <= s_.memory_bytes,
-         "{} bytes reserved and {} stored, wanted at most {}", s_.reserved_bytes, s_.stored_bytes, s_.memory_bytes);
+    want(s_.memory_bytes == 0 || s_.reserved_bytes + s_.stored_bytes + s_.unwritten_bytes <= s_.memory_bytes,
+         "{} bytes reserved, {} stored and {} unwritten, wanted at most {}", s_.reserved_bytes, s_.stored_bytes, s_.unwritten_bytes,
+         s_.memory_bytes);
   }
 
   const Snapshot& s_;

@@ -28,7 +28,7 @@ struct Snapshot {
   std::vector<Sequence> sequences{};
   std::vector<SequenceId> waiting{}, running{};  // the queues
   std::vector<Stored> stored{};
-  int64_t reserved_bytes = 0, stored_bytes = 0, stored_budget_bytes = 0, memory_bytes = 0;  // memory 0 = unlimited
+  int64_t reserved_bytes = 0, stored_bytes = 0, stored_budget_bytes = 0, unwritten_bytes = 0, memory_bytes = 0;  // memory 0 = unlimited
   int max_sequences = 0;
 };
 

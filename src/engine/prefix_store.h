@@ -24,8 +24,13 @@ class PrefixStore {
     std::span<const int> tokens{};  // what it holds; valid until the next call
   };
   virtual Loaded load(std::span<const int> prompt, uint64_t space) noexcept = 0;
-  /** The cache holds exactly these tokens, and stays the caller's. The store may write it later: at the latest when it ends. */
+  /** The cache holds exactly these tokens, and stays the caller's, who no longer changes it: it may be copied and freed. The store may
+   * write it later: at the latest when it ends. */
   virtual void save(CacheId cache, std::span<const int> tokens, uint64_t space) noexcept = 0;
+  /** That what is not yet written holds in memory, caches that the caller has or had included. */
+  virtual int64_t unwritten_bytes() noexcept = 0;
+  /** Gives up what is not yet written, the latest first, until at most so many bytes are held. */
+  virtual void shrink_unwritten(int64_t bytes) noexcept = 0;
 };
 
 }  // namespace mlxlm::engine

@@ -66,6 +66,9 @@ struct CacheOptions {
   bool operator==(const CacheOptions&) const = default;
 };
 
+/** Numbers what cannot be mixed: caches of other options are of no use to a prompt. */
+uint64_t prefix_space(const CacheOptions& options);
+
 /** Which tokens a request may take next (a grammar). Used on the engine's thread; the work may be done on another one meanwhile. */
 class TokenMask {
  public:

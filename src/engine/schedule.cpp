@@ -23,7 +23,7 @@ StepPlan Engine::schedule() {
     plan_decode(plan);
     const auto decode_rows = plan.rows.size();
     plan_drafts(plan);
-    plan_prompts(plan, prompt_budget(plan.tokens()));
+    plan_prompts(plan, plan.tokens());
     const bool shared = decode_rows > 0 && plan.rows.size() > decode_rows;
     shared_steps_ = shared ? shared_steps_ + 1 : 0;
   }
@@ -32,11 +32,12 @@ StepPlan Engine::schedule() {
   return plan;
 }
 
-int Engine::prompt_budget(int decode_rows) const {
+/** Tokens of a prompt that holds so many already, were it the only one. */
+int Engine::prompt_budget(int decode_rows, int held_tokens) const {
   if (decode_rows > 0 && limits_.step_tokens > 0) return std::clamp(limits_.step_tokens - decode_rows, 0, limits_.prefill_tokens);
   // Now and then decoding has a step of its own, so that the pacer knows what it takes as contexts grow.
   if (decode_rows > 0 && shared_steps_ >= kMostSharedSteps) return 0;
-  return pacer_.prompt_tokens(decode_rows);
+  return pacer_.prompt_tokens(decode_rows, held_tokens);
 }
 
 /** Tokens of its next row: up to budget, the end of the sequence, the next boundary or the token from which on its cache is quantized. */
@@ -163,17 +164,25 @@ bool Engine::is_about_to_be_stored(const Sequence& q) {
 }
 
 /** Prompts begun go on in order of admission; what is left of the budget admits others in order of arrival. */
-void Engine::plan_prompts(StepPlan& plan, int budget) {
+void Engine::plan_prompts(StepPlan& plan, int decode_rows) {
+  double left = 1;  // of the budget, which is another number of tokens for each prompt
+  const auto budget_of = [&](int held_tokens) {
+    return std::max(0, static_cast<int>(left * prompt_budget(decode_rows, held_tokens) + 1e-6));
+  };
+  const auto add = [&](Sequence& q, int budget) {
+    left -= static_cast<double>(add_row(plan, q, budget)) / prompt_budget(decode_rows, q.computed_tokens);
+  };
   for (const auto id : running_) {
     auto* q = find(id);
-    if (budget > 0 && !q->decoding()) budget -= add_row(plan, *q, budget);
+    if (q->decoding()) continue;
+    if (const int budget = budget_of(q->computed_tokens); budget > 0) add(*q, budget);
   }
-  while (budget > 0 && !waiting_.empty() && static_cast<int>(running_.size()) < limits_.max_sequences) {
+  while (budget_of(0) > 0 && !waiting_.empty() && static_cast<int>(running_.size()) < limits_.max_sequences) {
     auto* q = find(waiting_.front());
     if (is_about_to_be_stored(*q)) return;
     const auto admission = admit(*q);
     if (admission == Admission::deferred) return;  // nobody overtakes, so that large requests get their turn
-    if (admission == Admission::admitted) budget -= add_row(plan, *q, budget);
+    if (admission == Admission::admitted) add(*q, std::max(1, budget_of(q->computed_tokens)));
   }
 }
 
@@ -192,9 +201,11 @@ CacheOptions Engine::cache_options(const Request& r) const {
   return o;
 }
 
-/** Caches of other options are of no use to a prompt. */
 uint64_t Engine::prefix_space(const Sequence& q) const {
-  const auto& o = q.cache_options;
+  return engine::prefix_space(q.cache_options);
+}
+
+uint64_t prefix_space(const CacheOptions& o) {
   auto space = static_cast<uint64_t>(o.max_kv_size_tokens);
   if (o.kv_bits > 0) {
     for (const auto part : {o.kv_bits, o.kv_group_size, o.quantized_from_tokens})
@@ -214,13 +225,25 @@ int64_t Engine::tokens_to_reserve(const Sequence& q) const {
   return held;
 }
 
-/** True when so many more bytes may be held; stored prefixes give way, but not in vain. */
+int64_t Engine::unwritten_bytes() const {
+  return store_ != nullptr ? store_->unwritten_bytes() : 0;
+}
+
+/** True when so many more bytes may be held; what the store has not yet written gives way, then stored prefixes, but not in vain. */
 bool Engine::make_room(int64_t bytes) {
   if (limits_.memory_bytes == 0) return true;
   const int64_t left = limits_.memory_bytes - reserved_bytes_ - bytes;
   if (left < 0) return false;
-  release(prefixes_.shrink_to(left));
+  if (store_ != nullptr) store_->shrink_unwritten(std::max<int64_t>(0, left - prefixes_.bytes()));
+  release(prefixes_.shrink_to(left - unwritten_bytes()));
   return true;
+}
+
+/** Beside the prefix in memory, and never more than prefixes may take there. */
+bool Engine::has_room_to_save(int64_t bytes) const {
+  const auto unwritten = unwritten_bytes() + bytes;
+  if (unwritten > limits_.prefix_cache_bytes) return false;
+  return limits_.memory_bytes == 0 || reserved_bytes_ + prefixes_.bytes() + bytes + unwritten <= limits_.memory_bytes;
 }
 
 /** As make_room(), for one more stored prefix: older ones make room before it is there, so that the budget holds meanwhile. */

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
+#include <utility>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -15,10 +16,12 @@
 
 #include "base/error.h"
 #include "cache/prompt_file.h"
+#include "cache/quantized.h"
 
 namespace mlxlm::gen {
 
 namespace fs = std::filesystem;
+using engine::FolderLock, engine::prefix_files, engine::make_room_in_folder;
 
 namespace {
 
@@ -26,7 +29,7 @@ constexpr std::size_t least_tokens = 64;  // fewer are computed again as fast
 const char* const model_key = "prefix_model";
 const char* const tokens_key = "prefix_tokens";
 const char* const trimmable_key = "prefix_trimmable";
-const char* const space_key = "prefix_space";  // absent = 0
+const char* const options_key = "prefix_options";  // absent = the usual ones; else four numbers: what tells apart kinds of caches
 
 uint64_t hash_bytes(const void* data, std::size_t size, uint64_t hash = 14695981039346656037ull) {
   const auto* p = static_cast<const uint8_t*>(data);
@@ -34,16 +37,28 @@ uint64_t hash_bytes(const void* data, std::size_t size, uint64_t hash = 14695981
   return hash;
 }
 
-std::optional<std::vector<int>> parse_tokens(const std::string& text) {
-  std::vector<int> tokens;
+std::optional<std::vector<int>> parse_numbers(const std::string& text) {
+  std::vector<int> numbers;
   for (const char *at = text.data(), *end = at + text.size(); at != end;) {
-    int token = 0;
-    const auto [stop, error] = std::from_chars(at, end, token);
-    if (error != std::errc() || token < 0 || (stop != end && *stop != ' ')) return std::nullopt;
-    tokens.push_back(token);
+    int number = 0;
+    const auto [stop, error] = std::from_chars(at, end, number);
+    if (error != std::errc() || number < 0 || (stop != end && *stop != ' ')) return std::nullopt;
+    numbers.push_back(number);
     at = stop == end ? end : stop + 1;
   }
-  return tokens;
+  return numbers;
+}
+
+std::string to_text(const engine::CacheOptions& o) {
+  return fmt::format("{} {} {} {}", o.max_kv_size_tokens, o.kv_bits, o.kv_group_size, o.quantized_from_tokens);
+}
+
+std::optional<engine::CacheOptions> parse_options(const std::string& text) {
+  if (text.empty()) return engine::CacheOptions{};
+  const auto numbers = parse_numbers(text);
+  if (!numbers || numbers->size() != 4) return std::nullopt;
+  const auto& n = *numbers;
+  return engine::CacheOptions{.max_kv_size_tokens = n[0], .kv_bits = n[1], .kv_group_size = n[2], .quantized_from_tokens = n[3]};
 }
 
 /** Names what a model computes, weights included: from the bits of a few logits. */
@@ -72,13 +87,21 @@ PrefixFiles::PrefixFiles(PrefixFolder options, model::CausalModel& model, ModelR
 }
 
 PrefixFiles::~PrefixFiles() {
-  writer_->finish();
-  settle();
+  try {
+    writer_->finish();
+    settle();
+  } catch (const std::exception& e) {
+    warn(e.what());
+  }
 }
 
-void PrefixFiles::warn(const std::string& text) const {
-  if (!warned_ && options_.warn) options_.warn(text);
-  warned_ = true;  // one is enough: nothing is lost but time
+void PrefixFiles::warn(const std::string& text) const noexcept {
+  if (std::exchange(warned_, true) || !options_.warn) return;  // one is enough: nothing is lost but time
+  try {
+    options_.warn(text);
+  } catch (...) {
+    // No request may end of a warning.
+  }
 }
 
 /** Removes what dead writers left, and what is beyond the budget. */
@@ -107,15 +130,21 @@ PrefixFiles::Held PrefixFiles::read_held(const fs::path& path, const std::map<st
     const auto found = metadata.find(key);
     return found == metadata.end() ? std::string() : found->second;
   };
-  auto tokens = parse_tokens(text(tokens_key));
+  auto tokens = parse_numbers(text(tokens_key));
   if (!tokens || tokens->empty()) throw Error(Code::bad_weights, path.string(), "its tokens cannot be read");
-  Held held{.tokens = std::move(*tokens), .trimmable = text(trimmable_key) == "1"};
-  const auto space = text(space_key);
-  const auto [stop, error] = std::from_chars(space.data(), space.data() + space.size(), held.space);
-  if (!space.empty() && (error != std::errc() || stop != space.data() + space.size())) {
-    throw Error(Code::bad_weights, path.string(), "what its caches are like cannot be read");
-  }
+  const auto options = parse_options(text(options_key));
+  if (!options) throw Error(Code::bad_weights, path.string(), "what its caches are like cannot be read");
+  Held held{std::move(*tokens), *options, engine::prefix_space(*options), text(trimmable_key) == "1"};
+  const auto name = name_of(held);
+  if (path.filename() != name) throw Error(Code::bad_weights, path.string(), fmt::format("holds what belongs into {}", name));
   return held;
+}
+
+/** One name for each model, run of tokens and kind of cache. */
+std::string PrefixFiles::name_of(const Held& held) const {
+  auto hash = hash_bytes(held.tokens.data(), held.tokens.size() * sizeof(int), hash_bytes(fingerprint_.data(), fingerprint_.size()));
+  if (held.space != 0) hash = hash_bytes(&held.space, sizeof(held.space), hash);
+  return fmt::format("prefix-{:016x}.safetensors", hash);
 }
 
 /** False when it is not there, broken or of another model. */
@@ -169,38 +198,77 @@ std::pair<PrefixFiles::Files::const_iterator, int> PrefixFiles::best(std::span<c
 }
 
 engine::PrefixStore::Found PrefixFiles::find(std::span<const int> prompt, uint64_t space) noexcept {
-  settle();
-  const auto [at, tokens] = best(prompt, space);
-  if (at == held_.end() || tokens < static_cast<int>(least_tokens)) return {};
-  return {tokens, at->second.bytes};
+  try {
+    settle();
+    const auto [at, tokens] = best(prompt, space);
+    if (at != held_.end() && tokens >= static_cast<int>(least_tokens)) return {tokens, at->second.bytes};
+  } catch (const std::exception& e) {
+    warn(fmt::format("{}: {}; ignored", options_.folder.string(), e.what()));
+  }
+  return {};
+}
+
+/** What the metadata says must be so: a wrong cache would give wrong answers. Throws Error(bad_weights). */
+void PrefixFiles::check_content(const fs::path& path, const Held& held, const cache::Caches& caches) const {
+  const auto& o = held.options;
+  const int tokens = static_cast<int>(held.tokens.size());
+  if (cache::prompt_tokens(caches) != tokens || cache::trimmable(caches) != held.trimmable) {
+    throw Error(Code::bad_weights, path.string(), "holds other tokens than it says");
+  }
+  const auto fresh = cache::make_caches(model_.description(), o.max_kv_size_tokens);
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    const auto* attention = dynamic_cast<const cache::AttentionCache*>(caches[i].get());
+    if (attention == nullptr) continue;
+    const auto& wanted = dynamic_cast<const cache::AttentionCache&>(*fresh.at(i));
+    const auto* quantized = dynamic_cast<const cache::QuantizedCache*>(&attention->inner());
+    const bool is_due = o.kv_bits > 0 && tokens >= o.quantized_from_tokens && wanted.can_quantize();
+    const bool fits = is_due ? quantized != nullptr && quantized->bits() == o.kv_bits && quantized->group_size() == o.kv_group_size
+                             : quantized == nullptr;
+    if (fits && attention->max_size() == wanted.max_size()) continue;
+    throw Error(Code::bad_weights, path.string(), fmt::format("cache {} is of another kind than it says", i));
+  }
+}
+
+engine::PrefixStore::Loaded PrefixFiles::load_or_throw(const std::string& name, Held entry) {
+  const auto path = options_.folder / name;
+  // Another process may have written it anew, or something else of the same name.
+  held_.erase(name);
+  if (!read_file(name)) return {};
+  const auto& now = held_.at(name);
+  if (now.tokens != entry.tokens || now.space != entry.space) return {};
+  auto caches = cache::load_prompt_file(path, model_.description());
+  check_content(path, now, caches);
+  std::error_code ignored;
+  fs::last_write_time(path, fs::file_time_type::clock::now(), ignored);  // the order of use, for all processes
+  const auto cache = runner_.adopt(std::move(caches));
+  runner_.adapt(cache, now.options);
+  loaded_tokens_ = std::move(entry.tokens);
+  return {cache, loaded_tokens_};
 }
 
 engine::PrefixStore::Loaded PrefixFiles::load(std::span<const int> prompt, uint64_t space) noexcept {
-  settle();
-  const auto [at, tokens] = best(prompt, space);
-  if (at == held_.end()) return {};
-  const auto path = options_.folder / at->first;
-  auto entry = at->second;
+  std::string name;
   try {
-    // Another process may have written it anew, or something else of the same name.
-    const auto name = at->first;
-    held_.erase(at);
-    if (!read_file(name) || held_.at(name).tokens != entry.tokens || held_.at(name).space != space) return {};
-    auto caches = cache::load_prompt_file(path, model_.description());
-    if (cache::prompt_tokens(caches) != static_cast<int>(entry.tokens.size()) || cache::trimmable(caches) != entry.trimmable) {
-      throw Error(Code::bad_weights, path.string(), "holds other tokens than it says");
-    }
-    std::error_code ignored;
-    fs::last_write_time(path, fs::file_time_type::clock::now(), ignored);  // the order of use, for all processes
-    const auto cache = runner_.adopt(std::move(caches));
-    loaded_tokens_ = std::move(entry.tokens);
-    return {cache, loaded_tokens_};
+    settle();
+    const auto [at, tokens] = best(prompt, space);
+    if (at == held_.end()) return {};
+    name = at->first;
+    return load_or_throw(name, at->second);
   } catch (const std::exception& e) {
-    held_.erase(path.filename().string());
+    held_.erase(name);
+    const auto path = options_.folder / name;
     std::error_code ignored;
     if (fs::exists(path, ignored)) warn(fmt::format("{}: {}; ignored", path.string(), e.what()));
   }
   return {};
+}
+
+int64_t PrefixFiles::unwritten_bytes() noexcept {
+  return writer_->held_bytes();
+}
+
+void PrefixFiles::shrink_unwritten(int64_t bytes) noexcept {
+  writer_->shrink_to(bytes);
 }
 
 void PrefixFiles::save(engine::CacheId cache, std::span<const int> tokens, uint64_t space) noexcept {
@@ -226,21 +294,22 @@ bool PrefixFiles::is_needless(std::span<const int> tokens, uint64_t space) const
 void PrefixFiles::save_or_throw(engine::CacheId cache, std::span<const int> tokens, uint64_t space) {
   if (tokens.size() < least_tokens || is_needless(tokens, space)) return;
   const auto& caches = runner_.caches(cache);
-  const bool trimmable = cache::trimmable(caches);
-  const auto bytes = cache::total_bytes(caches);
-  const auto text = fmt::format("{}", fmt::join(tokens, " "));
-  cache::PromptMetadata metadata{{model_key, fingerprint_}, {tokens_key, text}, {trimmable_key, trimmable ? "1" : "0"}};
-  if (space != 0) metadata[space_key] = std::to_string(space);
-  auto content = cache::prompt_file_bytes(caches, model_.description(), std::move(metadata));
-  if (static_cast<int64_t>(content.size()) > options_.bytes) {
+  Held held{{tokens.begin(), tokens.end()}, runner_.options(cache), space, cache::trimmable(caches)};
+  if (engine::prefix_space(held.options) != space) throw Error(Code::internal, "prefix cache", "got a cache of another kind");
+  cache::PromptMetadata metadata{
+      {model_key, fingerprint_}, {tokens_key, fmt::format("{}", fmt::join(tokens, " "))}, {trimmable_key, held.trimmable ? "1" : "0"}};
+  if (space != 0) metadata[options_key] = to_text(held.options);
+  auto content = cache::prompt_file_pieces(caches, model_.description(), std::move(metadata));
+  auto size = static_cast<int64_t>(content.start.size());
+  for (const auto& piece : content.rest) size += static_cast<int64_t>(piece.size());
+  if (size > options_.bytes) {
     throw Error(Code::bad_request, "prefix cache",
-                fmt::format("{} tokens take {} bytes, of {} for the folder", tokens.size(), content.size(), options_.bytes));
+                fmt::format("{} tokens take {} bytes, of {} for the folder", tokens.size(), size, options_.bytes));
   }
-  auto hash = hash_bytes(tokens.data(), tokens.size_bytes(), hash_bytes(fingerprint_.data(), fingerprint_.size()));
-  if (space != 0) hash = hash_bytes(&space, sizeof(space), hash);
-  const auto name = fmt::format("prefix-{:016x}.safetensors", hash);
-  pending_.insert_or_assign(name, Held{{tokens.begin(), tokens.end()}, space, trimmable, bytes});
-  writer_->add({name, std::move(content)});
+  const auto name = name_of(held);
+  const auto in_memory = cache::total_bytes(caches) + content.copied_bytes + static_cast<int64_t>(content.start.size());
+  pending_.insert_or_assign(name, std::move(held));
+  writer_->add({name, std::move(content.start), std::move(content.rest), std::move(content.owner), in_memory});
 }
 
 }  // namespace mlxlm::gen

@@ -49,6 +49,7 @@ class ModelRunner final : public engine::Runner {
   engine::CacheId adopt(cache::Caches caches);
   cache::Caches take(engine::CacheId cache);
   const cache::Caches& caches(engine::CacheId cache);
+  const engine::CacheOptions& options(engine::CacheId cache) const { return held(cache).options; }
   /** Caches that live. */
   std::size_t count() const { return held_.size(); }
   /** Bytes of all caches in memory; what several share counts once. */

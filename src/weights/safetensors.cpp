@@ -95,10 +95,7 @@ std::vector<TensorInfo> list_folder(const std::filesystem::path& folder) {
   return list;
 }
 
-namespace {
-
-/** What stands before the data. */
-std::string header_of(const std::string& where, const Tensors& tensors, const std::map<std::string, std::string>& metadata) {
+std::string safetensors_start(const std::string& where, const Tensors& tensors, const std::map<std::string, std::string>& metadata) {
   const auto dtypes = safetensors_dtypes();
   json header = json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
@@ -120,23 +117,8 @@ std::string header_of(const std::string& where, const Tensors& tensors, const st
   return start;
 }
 
-}  // namespace
-
-std::string safetensors_bytes(const std::string& where, const Tensors& tensors, const std::map<std::string, std::string>& metadata) {
-  auto bytes = header_of(where, tensors, metadata);
-  std::size_t size = bytes.size();
-  for (const auto& [name, value] : tensors) size += value.nbytes();
-  bytes.reserve(size);
-  for (const auto& [name, value] : tensors) {
-    auto row = mx::contiguous(value);
-    mx::eval(row);
-    bytes.append(row.data<char>(), row.nbytes());
-  }
-  return bytes;
-}
-
 void save_safetensors(const std::filesystem::path& file, const Tensors& tensors, const std::map<std::string, std::string>& metadata) {
-  const auto start = header_of(file.string(), tensors, metadata);
+  const auto start = safetensors_start(file.string(), tensors, metadata);
   const std::filesystem::path beside = file.string() + ".tmp" + std::to_string(::getpid());
   const auto fail = [&](const char* verb) {
     const int error = errno;

@@ -49,8 +49,9 @@ std::vector<TensorInfo> list_folder(const std::filesystem::path& folder);
 /** Writes a .safetensors file atomically; names sorted, metadata strings as given. */
 void save_safetensors(const std::filesystem::path& file, const Tensors& tensors, const std::map<std::string, std::string>& metadata = {});
 
-/** The content of such a file; `where` names it in errors. */
-std::string safetensors_bytes(const std::string& where, const Tensors& tensors, const std::map<std::string, std::string>& metadata = {});
+/** What stands before the data in such a file, which follows tensor by tensor in the order of names. The tensors' dtypes and shapes are
+ * asked for, not their content. `where` names the file in errors. */
+std::string safetensors_start(const std::string& where, const Tensors& tensors, const std::map<std::string, std::string>& metadata = {});
 
 /** Applies rules in order. Throws Error(bad_weights) for gaps in stacked experts. */
 void apply_rules(Tensors& tensors, const arch::Model& model);

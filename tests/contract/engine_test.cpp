@@ -136,18 +136,67 @@ TEST(Engine, DecodingRowsComeFirstAndPromptsFillTheBudget) {
 
 TEST(Engine, ThePromptBudgetFollowsTheTimeThatStepsTake) {
   Pacer pacer(2.0, 8, 512);
-  EXPECT_EQ(pacer.prompt_tokens(0), 512);
-  EXPECT_EQ(pacer.prompt_tokens(16), 32);  // nothing known: about the time of the rows once more
-  for (int i = 0; i < 50; ++i) pacer.observe(16, 0, 0.060);
-  for (int i = 0; i < 50; ++i) pacer.observe(16, 32, 0.060 + 32 * 0.001);
-  EXPECT_NEAR(pacer.prompt_tokens(16), 60, 2);
-  EXPECT_NEAR(pacer.prompt_tokens(32), 60, 2);  // at least what fewer rows take
-  EXPECT_NEAR(pacer.prompt_tokens(8), 30, 2);
-  for (int i = 0; i < 50; ++i) pacer.observe(16, 60, 0.060 + 60 * 0.1);
-  EXPECT_EQ(pacer.prompt_tokens(16), 8);
-  pacer.observe(16, 0, -1);
-  pacer.observe(16, 5, std::numeric_limits<double>::quiet_NaN());
-  EXPECT_EQ(pacer.prompt_tokens(16), 8);
+  EXPECT_EQ(pacer.prompt_tokens(0, 0), 512);
+  EXPECT_EQ(pacer.prompt_tokens(16, 0), 32);  // nothing known: about the time of the rows once more
+  for (int i = 0; i < 50; ++i) pacer.observe(16, 0, 0, 0.060);
+  for (int i = 0; i < 50; ++i) pacer.observe(16, 32, 0, 0.060 + 32 * 0.001);
+  EXPECT_NEAR(pacer.prompt_tokens(16, 0), 60, 2);
+  EXPECT_NEAR(pacer.prompt_tokens(32, 0), 60, 2);  // at least what fewer rows take
+  EXPECT_NEAR(pacer.prompt_tokens(8, 0), 30, 2);
+  for (int i = 0; i < 50; ++i) pacer.observe(16, 60, 0, 0.060 + 60 * 0.1);
+  EXPECT_EQ(pacer.prompt_tokens(16, 0), 8);
+  pacer.observe(16, 0, 0, -1);
+  pacer.observe(16, 5, 0, std::numeric_limits<double>::quiet_NaN());
+  EXPECT_EQ(pacer.prompt_tokens(16, 0), 8);
+}
+
+/** A machine whose prompt tokens take longer the more come before them. */
+struct PacedMachine {
+  Pacer pacer{2.0, 4, 512};
+  double decode_s = 0.030, slower = 1;
+  double step(int tokens, int held) const { return slower * (decode_s + tokens * 0.0009 * (1 + held / 1500.)); }
+  /** The longest step of a prompt from `at` to `end`. */
+  double prompt(int at, int end) {
+    double longest_s = 0;
+    for (int steps = 0; at < end; ++steps) {
+      const int tokens = steps % 33 == 32 ? 0 : std::min(end - at, pacer.prompt_tokens(16, at));
+      const double seconds = step(tokens, at + tokens / 2);
+      pacer.observe(16, tokens, at + tokens / 2., seconds);
+      longest_s = std::max(longest_s, seconds);
+      at += tokens;
+    }
+    return longest_s;
+  }
+  void decode(int steps) {
+    for (int i = 0; i < steps; ++i) pacer.observe(16, 0, 0, slower * decode_s);
+  }
+};
+
+TEST(Pacer, APromptThatGoesOnFromALongPrefixTakesNoLongerSteps) {
+  PacedMachine m;
+  m.decode(20);
+  for (int i = 0; i < 20; ++i) m.prompt(0, 300);
+  EXPECT_LE(m.prompt(4000, 4096), 2.4 * m.decode_s) << "guessed before it was seen";
+  m.decode(20);
+  EXPECT_LE(m.prompt(0, 4096), 2.2 * m.decode_s);
+  EXPECT_LE(m.prompt(0, 100), 2.2 * m.decode_s) << "back at the beginning";
+  EXPECT_LE(m.prompt(4000, 4096), 2.2 * m.decode_s);
+  EXPECT_GE(m.pacer.prompt_tokens(16, 0), 25) << "what there is, is used";
+}
+
+TEST(Pacer, StepsThatWereDisturbedMakeNoRoomForPrompts) {
+  PacedMachine m;
+  m.decode(20);
+  m.prompt(0, 1000);
+  const int before = m.pacer.prompt_tokens(16, 1000);
+  for (int i = 0; i < 3; ++i) m.pacer.observe(16, 0, 0, 3 * m.decode_s);
+  EXPECT_EQ(m.pacer.prompt_tokens(16, 1000), before);
+  m.pacer.observe(16, before, 1000, 4 * m.decode_s);
+  EXPECT_LT(m.pacer.prompt_tokens(16, 1000), before * 0.6) << "a slow machine is believed at once";
+  m.slower = 1.5;  // for good: followed soon, on both sides
+  m.decode(12);
+  m.prompt(0, 1000);
+  EXPECT_NEAR(m.pacer.prompt_tokens(16, 0), 33, 5);
 }
 
 TEST(Engine, DecodingHasAStepOfItsOwnNowAndThen) {
@@ -323,13 +372,77 @@ struct ScriptedStore final : PrefixStore {
     runner.caches[++runner.last] = {tokens};
     return {runner.last, tokens};
   }
-  void save(CacheId, std::span<const int>, uint64_t) noexcept override {}
+  void save(CacheId cache, std::span<const int>, uint64_t) noexcept override {
+    ++saves;
+    unwritten += runner.info(cache).bytes;
+  }
+  int64_t unwritten_bytes() noexcept override { return unwritten; }
+  void shrink_unwritten(int64_t bytes) noexcept override {
+    given_up += unwritten > bytes;
+    unwritten = std::min(unwritten, bytes);
+  }
 
   ScriptedRunner& runner;
+  int saves = 0, given_up = 0;
+  int64_t unwritten = 0;
   std::vector<int> tokens;
   bool gone = false;
   int reads = 0;
 };
+
+/** A prefix of 40 tokens takes 170 bytes, and as much again while it is on its way to a disk. */
+TEST(Engine, WhatIsNotYetWrittenCounts) {
+  const Request first{.tokens = prompt_of(41), .max_tokens = 1, .store_at_end = false, .boundaries = {40}};
+  const auto reserved = 10 + 4 * 42, stored = 170;
+  const auto run = [&](int64_t memory_bytes, auto&& check) {
+    Bench b({.memory_bytes = memory_bytes, .prefix_cache_bytes = 400});
+    ScriptedStore store(b.runner, {});
+    b.engine->set_store(&store);
+    b.submit(first);
+    b.drain();
+    check(b, store);
+    EXPECT_SOUND(b);
+    b.engine->set_store(nullptr);
+  };
+  run(reserved + 2 * stored, [&](Bench& b, ScriptedStore& store) {
+    EXPECT_EQ(store.saves, 1);
+    EXPECT_EQ(b.engine->memory().unwritten_bytes, stored);
+    EXPECT_EQ(b.engine->memory().stored_bytes, stored);
+    // Who comes next gets the room: what is not yet written gives way first.
+    b.submit({.tokens = prompt_of(60, 7), .max_tokens = 20});
+    b.step();
+    EXPECT_EQ(b.engine->running(), 1);
+    EXPECT_GT(store.given_up, 0);
+    EXPECT_EQ(b.engine->memory().stored_bytes, stored);
+    b.drain();
+  });
+  run(reserved + 2 * stored - 1, [&](Bench& b, ScriptedStore& store) {
+    EXPECT_EQ(store.saves, 0) << "no room beside the prefix in memory";
+    EXPECT_EQ(b.engine->memory().stored_bytes, stored);
+  });
+  run(0, [&](Bench& b, ScriptedStore& store) {  // a slow disk: never more than prefixes may take in memory
+    for (int i = 1; i < 5; ++i) {
+      auto next = first;
+      next.tokens = prompt_of(41, i);
+      b.submit(next);
+      b.drain();
+    }
+    EXPECT_EQ(store.saves, 2);
+    EXPECT_EQ(store.unwritten, 2 * stored);
+  });
+}
+
+TEST(Engine, WhatTheDiskHasNotSeenIsSavedAtTheEnd) {
+  Bench b({.memory_bytes = 400, .prefix_cache_bytes = 1000});
+  ScriptedStore store(b.runner, {});
+  b.engine->set_store(&store);
+  b.submit({.tokens = prompt_of(41), .max_tokens = 1, .store_at_end = false, .boundaries = {40}});
+  b.drain();
+  EXPECT_EQ(store.saves, 0);
+  b.engine.reset();
+  EXPECT_EQ(store.saves, 1);
+  EXPECT_TRUE(b.runner.caches.empty());
+}
 
 TEST(Engine, ADeferredPromptReadsTheStoreOnce) {
   for (const bool gone : {false, true}) {

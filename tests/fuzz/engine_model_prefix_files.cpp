@@ -5,7 +5,9 @@
 #include <functional>
 #include <thread>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <mlx/transforms.h>
 #include <unistd.h>
 
 #include "base/files.h"
@@ -157,13 +159,13 @@ TEST_F(PrefixFolderTest, CachesOfOtherKindsAreKeptApart) {
 /** Another process has the folder: no step waits for it, and what was to be written is, once it is free. */
 TEST_F(PrefixFolderTest, NoStepWaitsForTheDisk) {
   fs::create_directories(folder_);
-  auto other = std::make_unique<gen::FolderLock>(folder_);
+  auto other = std::make_unique<engine::FolderLock>(folder_);
   ASSERT_TRUE(other->held());
   const engine::Limits limits{.prefix_cache_bytes = 1 << 28};
   gen::ModelRunner runner(*model_, limits);
   other.reset();
   gen::PrefixFiles store({folder_, 1 << 30, [&](const std::string& text) { warnings_.push_back(text); }}, *model_, runner);
-  other = std::make_unique<gen::FolderLock>(folder_);
+  other = std::make_unique<engine::FolderLock>(folder_);
   {
     engine::Engine engine(runner, limits);
     engine.set_store(&store);
@@ -181,6 +183,92 @@ TEST_F(PrefixFolderTest, NoStepWaitsForTheDisk) {
   for (int i = 0; i < 200 && files().empty(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(20));
   EXPECT_FALSE(files().empty());
   EXPECT_TRUE(warnings_.empty());
+}
+
+/** What is stored is written later, while its request goes on, and after the prefix has left the memory: the file holds what was computed
+ * when it was stored. */
+TEST_F(PrefixFolderTest, AFileHoldsTheMomentOfItsStoring) {
+  const std::vector<std::function<void(engine::Request&)>> kinds{
+      [](auto&) {},
+      [](auto& r) { r.drafts.ngram_tokens = 4; },
+      [](auto& r) { r.kv_bits = 8, r.kv_group_size = 32, r.quantized_kv_start = 20; },
+  };
+  for (const char* name : {"mistral.q4", "llama.f32", "nemotron_h.f32", "llama4.f32"}) {
+    const auto model = model_named(name);
+    for (std::size_t kind = 0; kind < (std::string(name) == "mistral.q4" ? kinds.size() : 1); ++kind) {
+      SCOPED_TRACE(fmt::format("{} {}", name, kind));
+      Tokens prompt;
+      for (int i = 0; i < 131; ++i) prompt.push_back((i * 37 + i / 60) % model->description().vocab);
+      std::vector<std::string> files_of;
+      for (const bool delayed : {false, true}) {
+        fs::remove_all(folder_);
+        const engine::Limits limits{.prefix_cache_bytes = 1 << 28};
+        gen::ModelRunner runner(*model, limits);
+        gen::PrefixFiles store({folder_, 1 << 30, [&](const std::string& text) { warnings_.push_back(text); }}, *model, runner);
+        auto other = delayed ? std::make_unique<engine::FolderLock>(folder_) : nullptr;
+        engine::Engine engine(runner, limits);
+        engine.set_store(&store);
+        engine::Request r;
+        r.tokens = prompt;
+        r.max_tokens = 12;
+        r.boundaries = {100};
+        r.store_at_end = false;
+        kinds[kind](r);
+        engine.submit(std::move(r));
+        while (engine.has_work()) {
+          engine.step();
+          for (int i = 0; i < 500 && store.unwritten_bytes() > 0 && !delayed; ++i)
+            std::this_thread::sleep_for(std::chrono::milliseconds(10));
+          if (store.unwritten_bytes() > 0) engine.shrink_prefix_cache(0);
+        }
+        EXPECT_EQ(store.unwritten_bytes() > 0, delayed);
+        EXPECT_EQ(engine.memory().unwritten_bytes > 0, delayed);
+        other.reset();
+        for (int i = 0; i < 500 && (files().empty() || files()[0].extension() != ".safetensors"); ++i)
+          std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        ASSERT_EQ(files().size(), 1u);
+        files_of.push_back(read_text_file(files()[0]));
+        EXPECT_TRUE(runner.count() == (delayed ? 0u : 1u));
+      }
+      EXPECT_EQ(files_of[0] == files_of[1], true);
+      EXPECT_GT(files_of[0].size(), 1000u);
+    }
+  }
+  EXPECT_TRUE(warnings_.empty());
+}
+
+/** A warning is never worth a request, whatever the one who is warned does. */
+TEST_F(PrefixFolderTest, WarningsThatThrowEndNothing) {
+  const auto first = run({tokens(150)});
+  const auto path = files().at(0);
+  const engine::Limits limits{.prefix_cache_bytes = 1 << 28};
+  gen::ModelRunner runner(*model_, limits);
+  for (const int how : {0, 1, 2}) {
+    SCOPED_TRACE(how);
+    int told = 0;
+    {
+      gen::PrefixFiles store({folder_, how == 1 ? 1 << 30 : 200000,
+                              [&](const std::string&) {
+                                ++told;
+                                throw std::runtime_error("the listener's own");
+                              }},
+                             *model_, runner);
+      if (how == 0) {  // does not fit the folder
+        const auto cache = runner.adopt(cache::make_caches(model_->description()));
+        store.save(cache, tokens(150), 7);
+        runner.free(cache);
+      } else if (how == 1) {  // breaks while it is known
+        std::ofstream(path, std::ios::binary) << "no such thing";
+        EXPECT_EQ(store.load(tokens(150), 0).cache, 0);
+        EXPECT_EQ(store.find(tokens(150), 0).usable_tokens, 0);
+      } else {
+        std::ofstream(folder_ / "prefix-0.safetensors") << "broken";
+        gen::PrefixFiles other({folder_, 1 << 30, [&](const std::string&) { throw 1; }}, *model_, runner);
+      }
+    }
+    EXPECT_EQ(told, 1);
+  }
+  EXPECT_EQ(first.answers.size(), 1u);
 }
 
 TEST_F(PrefixFolderTest, OfAnotherModelIsNotUsed) {
@@ -224,6 +312,49 @@ TEST_F(PrefixFolderTest, LyingFilesAreIgnored) {
   EXPECT_EQ(got.found, 1u);
   EXPECT_EQ(got.reused, 0);
   EXPECT_EQ(got.answers, first.answers);
+  EXPECT_EQ(warnings_.size(), 1u);
+}
+
+/** What its caches are like stands in the metadata, in the name and in the caches: a file that contradicts itself is refused, or a request
+ * would go on from caches of another kind. */
+TEST_F(PrefixFolderTest, FilesThatLieAboutTheirKindAreIgnored) {
+  const auto model = model_named("mistral.q4");
+  const auto quantized = [](engine::Request& r) { r.kv_bits = 8, r.kv_group_size = 32, r.quantized_kv_start = 20; };
+  const auto bounded = [](engine::Request& r) { r.max_kv_size_tokens = 400; };
+  const auto one_file = [&](const std::function<void(engine::Request&)>& change) {
+    fs::remove_all(folder_);
+    const auto got = run(*model, {tokens(150)}, 1 << 30, {}, change);
+    return std::pair(files().at(0), got.answers);
+  };
+  const auto [plain_path, plain_answers] = one_file({});
+  const auto plain_name = plain_path.filename();
+  for (const auto& kind : {std::function<void(engine::Request&)>(quantized), std::function<void(engine::Request&)>(bounded)}) {
+    for (const bool renamed : {false, true}) {
+      SCOPED_TRACE(renamed);
+      const auto [path, answers] = one_file(kind);
+      auto metadata = cache::read_prompt_metadata(path);
+      EXPECT_EQ(metadata.erase("prefix_options"), 1u);
+      const auto caches = cache::load_prompt_file(path, model->description());
+      fs::remove(path);
+      cache::save_prompt_file(renamed ? folder_ / plain_name : path, caches, model->description(), metadata);
+      warnings_.clear();
+      const auto got = run(*model, {tokens(150)});
+      EXPECT_EQ(got.reused, 0);
+      EXPECT_EQ(got.answers, plain_answers);
+      EXPECT_EQ(warnings_.size(), 1u);
+    }
+  }
+  // And floats that pass for quantized ones.
+  const auto [path, answers] = one_file(quantized);
+  const auto metadata = cache::read_prompt_metadata(path);
+  auto caches = cache::make_caches(model->description());
+  const auto list = tokens(static_cast<int>(cache::prompt_tokens(cache::load_prompt_file(path, model->description()))));
+  mx::eval(model->run(mx::array(list.data(), {static_cast<int>(list.size())}, mx::int32), {{static_cast<int>(list.size()), 1, &caches}}));
+  cache::save_prompt_file(path, caches, model->description(), metadata);
+  warnings_.clear();
+  const auto got = run(*model, {tokens(150)}, 1 << 30, {}, quantized);
+  EXPECT_EQ(got.reused, 0);
+  EXPECT_EQ(got.answers, answers);
   EXPECT_EQ(warnings_.size(), 1u);
 }
 

@@ -119,6 +119,28 @@ TEST_F(PromptFile, ComesBack) {
   for (const auto& item : fs::directory_iterator(folder_)) EXPECT_EQ(item.path(), file()) << "left beside the file";
 }
 
+/** What is written later is what would be written now, and lies where the caches do. */
+TEST_F(PromptFile, PiecesAreTheFile) {
+  for (const int tokens : {1, 5, 63, 130, 300}) {
+    for (const int bits : {0, 4}) {
+      for (const bool shared : {false, true}) {
+        SCOPED_TRACE(std::to_string(tokens) + (shared ? " shared" : ""));
+        auto origin = filled(tokens);
+        cache::quantize_caches(origin, {.bits = bits, .group_size = 32});
+        auto caches = shared ? cache::copy(origin) : std::move(origin);
+        cache::save_prompt_file(file(), caches, model(), {{"model", "m"}});
+        auto pieces = cache::prompt_file_pieces(caches, model(), {{"model", "m"}});
+        caches.clear();  // the owner is enough
+        origin.clear();
+        auto all = pieces.start;
+        for (const auto& piece : pieces.rest) all.append(reinterpret_cast<const char*>(piece.data()), piece.size());
+        EXPECT_TRUE(all == read_text_file(file()));
+        EXPECT_EQ(pieces.copied_bytes, 0);
+      }
+    }
+  }
+}
+
 TEST_F(PromptFile, EmptyAndBoundedCachesComeBack) {
   auto empty = cache::make_caches(model());
   cache::save_prompt_file(file(), empty, model(), {});

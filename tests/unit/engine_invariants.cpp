@@ -41,6 +41,7 @@ TEST(Invariants, ASoundSnapshotHasNone) {
 TEST(Invariants, EachViolationIsNamed) {
   const std::vector<std::function<void(Snapshot&)>> breaks{
       [](auto& s) { s.waiting = {}; },
+      [](auto& s) { s.unwritten_bytes = 31; },
       [](auto& s) { s.waiting = {2, 2}; },
       [](auto& s) { s.running = {}; },
       [](auto& s) { s.running = {1, 3}; },
