@@ -108,7 +108,8 @@ def alternate(name, args, contenders, works, about):
 
 def title_of(result):
     cache = f", {result['kv_bits']}-bit cache" if result.get("kv_bits") else ""
-    return f"{result['model']}{cache}; medians of {result['rounds']} alternated rounds, tokens/s"
+    trials = f", each the best of {result['trials']} trials" if result.get("trials", 1) > 1 else ""
+    return f"{result['model']}{cache}; medians of {result['rounds']} alternated rounds{trials}, tokens/s"
 
 
 def number_of(value):

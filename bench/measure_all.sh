@@ -60,8 +60,8 @@ llama() {
 section() {
   local same=(--peer "llama.cpp=$model") fast=(--peer "llama.cpp Q4_0=$model_q4_0")
   case $1 in
-    smollm2) against smollm2 3.5 "SmolLM2-135M, 4 bit" "$model" "${same[@]}" "${fast[@]}" --bandwidth ;;
-    fast) against fast 2 "SmolLM2-135M, 4 bit, --cpu-precision fast" "$model" "${fast[@]}" --cpu-precision fast --sequences 8 32 ;;
+    smollm2) against smollm2 7 "SmolLM2-135M, 4 bit" "$model" "${same[@]}" "${fast[@]}" --bandwidth ;;
+    fast) against fast 6 "SmolLM2-135M, 4 bit, --cpu-precision fast" "$model" "${fast[@]}" --cpu-precision fast --sequences 8 32 ;;
     long)
       for bits in "" 8; do
         local cache=(${bits:+--kv-bits "$bits"}) name=long${bits:+-kv$bits}

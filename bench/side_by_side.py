@@ -3,7 +3,8 @@
 
 Contenders are this program on --model, and llama.cpp on each --peer: the same file, or one in another format. Both report tokens/s themselves:
 prefill of --prefill tokens, decode of --decode tokens after a short prompt, the same after --context tokens, and --sequences sequences decoding
-together (total). Every work is run by each contender before the next one. Each round is a line of JSON in --output, the last line the medians.
+together (total). Every work is run by each contender before the next one. A round's figure is the best of --trials: other guests of the machine
+only take from it. Each round is a line of JSON in --output, the last line the medians.
 """
 import argparse
 
@@ -32,22 +33,22 @@ class Contenders:
         args = self.args
         cache = ["--kv-bits", str(args.kv_bits)] if args.kv_bits else []
         return json_lines(output_of([args.program, "benchmark", "--model", args.model, "-p", str(prompt), "-g", str(tokens), "-b", str(sequences), "-n",
-                                     "1", "--threads", str(args.threads), "--cpu-precision", args.cpu_precision, "--json", *cache, *flags]))[-1]
+                                     str(args.trials), "--threads", str(args.threads), "--cpu-precision", args.cpu_precision, "--json", *cache, *flags]))[-1]
 
     def llama(self, name, *flags):
         cache = ["-fa", "1", "-ctk", "q8_0", "-ctv", "q8_0"] if self.args.kv_bits else []
-        return run_llama(self.args, "llama-bench", self.peers[name], "-r", "1", "-o", "jsonl", *cache, *flags)[-1]["avg_ts"]
+        return max(run_llama(self.args, "llama-bench", self.peers[name], "-r", self.args.trials, "-o", "jsonl", *cache, *flags)[-1]["samples_ts"])
 
     def prefill(self, name, count):
         if name == OURS:
-            return {f"prefill {count}": self.ours(count, 1)["prompt_tps"][0]}
+            return {f"prefill {count}": max(self.ours(count, 1)["prompt_tps"])}
         warm_up = ["--no-warmup"] if count >= 1024 else []  # it would take as long again
         return {f"prefill {count}": self.llama(name, "-p", count, "-n", 0, *warm_up)}
 
     def decode(self, name):
         if name == OURS:
             result = self.ours(4, self.args.decode, *(["--bandwidth"] if self.args.bandwidth else []))
-            rate, weights = result["generation_tps"][0], result["weight_bytes"]
+            rate, weights = max(result["generation_tps"]), result["weight_bytes"]
             if self.args.bandwidth:
                 self.bandwidths = {SHARE: result["read_bandwidth_gb_s"], REREAD_SHARE: result["reread_bandwidth_gb_s"]}
         else:
@@ -58,16 +59,16 @@ class Contenders:
     def decode_after(self, name, count):
         kind = f"decode after {count}"
         if name == OURS:
-            return {kind: self.ours(count, self.args.decode)["generation_tps"][0]}
+            return {kind: max(self.ours(count, self.args.decode)["generation_tps"])}
         return {kind: self.llama(name, "-p", 0, "-n", self.args.decode, "-d", count)}
 
     def sequences(self, name, count):
         kind, args = f"{count} sequences", self.args
         if name == OURS:
-            return {kind: self.ours(16, args.decode, sequences=count)["generation_tps"][0]}
+            return {kind: max(self.ours(16, args.decode, sequences=count)["generation_tps"])}
         cache = ["-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"] if args.kv_bits else []
-        return {kind: run_llama(args, "llama-batched-bench", self.peers[name], "-c", count * (args.decode + 32), "-npp", 16, "-ntg", args.decode,
-                                "-npl", count, "--output-format", "jsonl", *cache)[-1]["speed_tg"]}
+        return {kind: max(run_llama(args, "llama-batched-bench", self.peers[name], "-c", count * (args.decode + 32), "-npp", 16, "-ntg", args.decode,
+                                    "-npl", count, "--output-format", "jsonl", *cache)[-1]["speed_tg"] for _ in range(args.trials))}
 
 
 def main():
@@ -84,6 +85,7 @@ def main():
     parser.add_argument("--kv-bits", type=int, choices=[8], help="quantized caches on both sides (llama.cpp: q8_0, with flash attention)")
     parser.add_argument("--sequences", type=int, nargs="*", default=[])
     parser.add_argument("--cpu-precision", default="default")
+    parser.add_argument("--trials", type=int, default=3, help="in a round, of which the best counts")
     add_arguments(parser)
     args = parser.parse_args()
     contenders = Contenders(args)
@@ -93,7 +95,7 @@ def main():
     works += [lambda name, count=count: contenders.decode_after(name, count) for count in args.context]
     works += [lambda name, count=count: contenders.sequences(name, count) for count in args.sequences]
     read_once([args.model, *contenders.peers.values()])
-    about = {"model": args.name, "decode_tokens": args.decode, "kv_bits": args.kv_bits, "cpu_precision": args.cpu_precision}
+    about = {"model": args.name, "decode_tokens": args.decode, "kv_bits": args.kv_bits, "cpu_precision": args.cpu_precision, "trials": args.trials}
     alternate("side_by_side", args, [OURS, *contenders.peers], works, about)
 
 
