@@ -90,7 +90,7 @@ Planes quantize_rows(const mx::array& k, const mx::array& v, int bits, int group
  */
 void check_quantization(const arch::Model& model, const Quantization& wanted);
 
-/** Converts the caches that are due. Reference: mlx_lm/generate.py maybe_quantize_kv_cache */
+/** Converts the caches that are due; none of them when this throws. Reference: mlx_lm/generate.py maybe_quantize_kv_cache */
 void quantize_caches(Caches& caches, const Quantization& wanted);
 
 }  // namespace mlxlm::cache

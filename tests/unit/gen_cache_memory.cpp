@@ -138,6 +138,14 @@ TEST_F(Brought, WhatIsQuantizedHoldsNoFloats) {
             512 * kRowValues * 4);
 }
 
+TEST_F(Brought, APromptAddsNoFloatsToWhatIsQuantized) {
+  const auto given = caches({.kv_quantization = {4, 32, 0}});
+  for (const gen::Options& options : {gen::Options{}, {.kv_quantization = {4, 32, 0}}, {.kv_quantization = {4, 32, 5000}}}) {
+    EXPECT_EQ(gen::prompt_bytes(*model_, 1701, options, given), 2000 * kRow4 - cache::total_bytes(given));
+  }
+  EXPECT_EQ(gen::prompt_bytes(*model_, 1701, {}, caches({})), 2000 * kRowValues * 4 - cache::total_bytes(caches({})));
+}
+
 TEST_F(Brought, OnlyWhatChunksDoNotShowInIsReplaceable) {
   gen::ModelRunner runner(*model_);
   EXPECT_TRUE(runner.is_replaceable(runner.adopt(caches({}))));
