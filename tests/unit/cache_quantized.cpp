@@ -149,6 +149,32 @@ TEST(QuantizedRotatingKvCache, HoldsTheRowsOfThePlainOne) {
   }
 }
 
+/** Where a call of several tokens is said to agree, it leaves the very rows, in the order in which later tokens sum them. */
+TEST(QuantizedRotatingKvCache, OneCallAgreesToTheBit) {
+  const auto token = [](int i) { return noise({1, 2, 1, 32}, 100 + i); };
+  int agreed = 0;
+  for (int before = 0; before < 20; ++before) {
+    for (const int count : {2, 3}) {
+      cache::QuantizedRotatingKvCache one(8, 32, {.max_size = 12}), together(8, 32, {.max_size = 12});
+      for (auto* c : {&one, &together}) {
+        for (int i = 0; i < before; ++i) c->update(token(i), token(i));
+      }
+      if (!together.one_call_agrees(count)) continue;
+      ++agreed;
+      std::vector<mx::array> call;
+      for (int i = before; i < before + count; ++i) {
+        one.update(token(i), token(i));
+        call.push_back(token(i));
+      }
+      const auto x = mx::concatenate(call, 2);
+      together.update(x, x);
+      const auto wanted = one.update(token(50), token(50)), got = together.update(token(50), token(50));
+      EXPECT_TRUE(mx::array_equal(got.first, wanted.first).item<bool>()) << count << " tokens after " << before;
+    }
+  }
+  EXPECT_GT(agreed, 15);
+}
+
 TEST(QuantizeCaches, ConvertsWhenDue) {
   cache::Caches caches;
   caches.push_back(std::make_unique<cache::KvCache>());
