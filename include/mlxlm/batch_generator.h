@@ -93,8 +93,9 @@ struct BatchGeneratorOptions {
 };
 
 /** Lists that go with the prompts of an insert: each is empty (as BatchGeneratorOptions say), or has an entry a prompt.
- * all_tokens are those that the cache holds. Where they are missing, penalties, processors and drafts do not see them, and a sequence whose
- * cache was lost with a step that failed fails too, for it cannot be computed again. */
+ * all_tokens are those that the cache holds. Where they are missing, penalties, processors and drafts do not see them. A sequence whose
+ * cache was lost with a step that failed is computed again; without all_tokens, and over a cache that is quantized or has a limit, it
+ * fails, too. */
 struct InsertLists {
   std::vector<int> max_tokens{};             // before the one of `options`
   std::vector<const PromptCache*> caches{};  // continue from a copy of it; null = from nothing. The size of given caches stays theirs
@@ -153,7 +154,7 @@ class BatchGenerator {
 
   /** Prompts of tokens, see Model::encode. Ids in their order. Throws Error(bad_request): a list of another length, an empty prompt, a
    * token that does not exist, options out of range, a cache of another model; Error(out_of_memory): a sequence that can never fit, or
-   * a cache without its tokens that cannot be held now, with both figures. Nothing is inserted then. */
+   * a cache that cannot be held now, nor computed again (see InsertLists), with both figures. Nothing is inserted then. */
   std::vector<Uid> insert(const std::vector<std::vector<int>>& prompts, const InsertLists& lists = {});
   /** Prompts in segments: a step ends at the end of each, where extract_cache() then finds the cache; not at ends that lie in reused
    * tokens, or in a prompt beyond its max_kv_size or with a quantized window. Empty segments are dropped. */

@@ -421,10 +421,10 @@ void check_prompt_quantization(const Caches& caches, int bits, int group_size) {
     const auto* held = attention == nullptr ? nullptr : dynamic_cast<const QuantizedCache*>(&attention->inner());
     if (held == nullptr) continue;
     if (bits != 0 && bits != held->bits()) {
-      throw Error(Code::bad_request, "--kv-bits", fmt::format("got {}, but the prompt cache is quantized to {} bits", bits, held->bits()));
+      throw Error(Code::bad_request, "kv_bits", fmt::format("got {}, but the prompt cache is quantized to {} bits", bits, held->bits()));
     }
     if (group_size != 0 && group_size != held->group_size()) {
-      throw Error(Code::bad_request, "--kv-group-size",
+      throw Error(Code::bad_request, "kv_group_size",
                   fmt::format("got {}, but the prompt cache has groups of {}", group_size, held->group_size()));
     }
   }

@@ -2,6 +2,7 @@
 #include "cache/quantized.h"
 
 #include <algorithm>
+#include <utility>
 
 #include <fmt/format.h>
 #include <mlx/ops.h>
@@ -186,11 +187,13 @@ void check_quantization(const arch::Model& model, const Quantization& wanted) {
 
 void quantize_caches(Caches& caches, const Quantization& wanted) {
   if (wanted.bits == 0) return;
+  std::vector<std::pair<CachePtr*, CachePtr>> converted;  // all or none take their place
   for (auto& cache : caches) {
-    auto* attention = dynamic_cast<AttentionCache*>(cache.get());
+    const auto* attention = dynamic_cast<const AttentionCache*>(cache.get());
     if (attention == nullptr || !attention->can_quantize() || attention->offset() < wanted.start_tokens) continue;
-    cache = attention->quantized(wanted.bits, wanted.group_size);
+    converted.emplace_back(&cache, attention->quantized(wanted.bits, wanted.group_size));
   }
+  for (auto& [place, cache] : converted) *place = std::move(cache);
 }
 
 }  // namespace mlxlm::cache

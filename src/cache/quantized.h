@@ -69,7 +69,9 @@ class QuantizedRotatingKvCache final : public QuantizedCache {
   int trim(int n) override { return ring_.trim(n); }
   int max_size() const override { return ring_.max_size; }
   bool can_rewind(int tokens, bool) const override { return ring_.offset + tokens < ring_.max_size; }
-  bool one_call_agrees(int tokens) const override { return ring_.one_call_agrees(tokens); }
+  /** A call of several tokens puts the rows of a full window in another order, which shows in what later tokens sum, if only by rounding.
+   */
+  bool one_call_agrees(int tokens) const override { return tokens == 1 || can_rewind(tokens, true); }
   std::unique_ptr<Cache> copy() const override;
   Stored stored() const override;
 
@@ -90,7 +92,7 @@ Planes quantize_rows(const mx::array& k, const mx::array& v, int bits, int group
  */
 void check_quantization(const arch::Model& model, const Quantization& wanted);
 
-/** Converts the caches that are due. Reference: mlx_lm/generate.py maybe_quantize_kv_cache */
+/** Converts the caches that are due; none of them when this throws. Reference: mlx_lm/generate.py maybe_quantize_kv_cache */
 void quantize_caches(Caches& caches, const Quantization& wanted);
 
 }  // namespace mlxlm::cache

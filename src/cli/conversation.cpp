@@ -6,8 +6,10 @@
 #include <climits>
 
 #include <fmt/format.h>
+#include <mlx/memory.h>
 
 #include "base/error.h"
+#include "gen/memory.h"
 
 namespace mlxlm::cli {
 
@@ -68,11 +70,25 @@ int Conversation::snapshot_point(const std::vector<int>& prompt) const {
   return static_cast<int>(std::ranges::mismatch(messages, prompt).in2 - prompt.begin());
 }
 
+bool Conversation::has_room_for_snapshot(int64_t prompt_tokens, int64_t tokens) {
+  const auto& model = *session_.loaded.model;
+  const auto fits = [&](int64_t bytes) {
+    const auto free = gen::available_bytes();
+    return !free || bytes <= *free;
+  };
+  const auto needed = gen::prompt_bytes(model, prompt_tokens, options_, caches_);
+  if (!snapshots_.empty() && !fits(needed)) {
+    snapshots_.clear();
+    mlx::core::clear_cache();
+  }
+  return fits(needed + gen::prompt_bytes(model, tokens, options_, {}));
+}
+
 void Conversation::take_snapshot() {
   constexpr std::size_t most = 2;  // one to go on from, and one if the last message is taken back
+  if (snapshots_.size() == most) snapshots_.erase(snapshots_.begin());
   Snapshot s{held_, {}};
   for (const auto& c : caches_) s.caches.push_back(c ? c->copy() : nullptr);
-  if (snapshots_.size() == most) snapshots_.erase(snapshots_.begin());
   snapshots_.push_back(std::move(s));
 }
 
@@ -97,7 +113,9 @@ Conversation::Turn Conversation::answer(const std::string& message, const std::f
     const auto prompt = render();
     const auto reused = keep_common_prefix(prompt);
     if (caches_.empty()) caches_ = cache::make_caches(session_.loaded.model->description(), options_.max_kv_size_tokens);
-    const int boundary = snapshot_point(prompt) - static_cast<int>(reused);
+    const int point = snapshot_point(prompt);
+    const bool keeps = has_room_for_snapshot(static_cast<int64_t>(prompt.size() - reused), point);
+    const int boundary = keeps ? point - static_cast<int>(reused) : 0;
     const std::vector<int> rest(prompt.begin() + static_cast<std::ptrdiff_t>(reused), prompt.end());
     std::string text;
     auto options = options_;

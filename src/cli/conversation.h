@@ -45,6 +45,8 @@ class Conversation {
   std::size_t keep_snapshot(const std::vector<int>& prompt);
   /** Where the messages end and the answer's opening begins, if a snapshot of there may be needed; else 0. */
   int snapshot_point(const std::vector<int>& prompt) const;
+  /** Makes room for the prompt, for which snapshots give way, and says whether there is some for one more of them, of `tokens` tokens. */
+  bool has_room_for_snapshot(int64_t prompt_tokens, int64_t tokens);
   void take_snapshot();
   void drop_caches();
 

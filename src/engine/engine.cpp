@@ -114,13 +114,25 @@ void Engine::validate(const Request& r) const {
     throw Error(Code::bad_request, "prompt",
                 fmt::format("got {} tokens, wanted less than {} (the context)", prompt, limits_.max_context_tokens));
   }
-  const auto tokens = prompt + (r.max_tokens < 0 ? 1 : r.max_tokens);
-  const auto needed = runner_.cost_bytes(tokens, cache);
-  if (limits_.memory_bytes > 0 && needed > limits_.memory_bytes) {
+}
+
+/** Throws unless the request fits: at all, and a cache that cannot give way while it waits, now. */
+void Engine::check_memory(const Sequence& q) {
+  if (limits_.memory_bytes == 0) return;
+  const auto gb = [](int64_t bytes) { return static_cast<double>(bytes) / 1e9; };
+  const auto tokens = static_cast<int64_t>(q.prompt_tokens) + (q.request.max_tokens < 0 ? 1 : q.request.max_tokens);
+  const auto needed = least_bytes(q, tokens);
+  if (needed > limits_.memory_bytes) {
     throw Error(Code::out_of_memory, "prompt",
-                fmt::format("a cache for {} tokens needs {:.3f} GB, wanted at most {:.3f} GB, which all requests share", tokens,
-                            static_cast<double>(needed) / 1e9, static_cast<double>(limits_.memory_bytes) / 1e9));
+                fmt::format("a cache for {} tokens needs {:.3f} GB, wanted at most {:.3f} GB, which all requests share", tokens, gb(needed),
+                            gb(limits_.memory_bytes)));
   }
+  if (q.replaceable) return;
+  const auto bytes = least_bytes(q, tokens_to_reserve(q));
+  if (make_room(bytes)) return;
+  throw Error(Code::out_of_memory, "cache",
+              fmt::format("takes {:.3f} GB, available are {:.3f} GB, and it cannot be computed again later: {}", gb(bytes),
+                          gb(limits_.memory_bytes - reserved_bytes_), q.why_not_replaceable()));
 }
 
 SequenceId Engine::submit(Request request) {
@@ -143,7 +155,9 @@ SequenceId Engine::submit(Request request) {
     q->cache_options = cache_options(request);
     q->fixed_chunks = q->cache_options.kv_bits > 0 && runner_.chunks_show(q->cache_options);
     q->request = std::move(request);
-    if (q->unknown_tokens > 0) check_room_for(*q);
+    q->replaceable = q->cache == 0 ||
+                     (q->unknown_tokens == 0 && q->request.max_kv_size_tokens == 0 && !q->fixed_chunks && runner_.is_replaceable(q->cache));
+    check_memory(*q);
     runner_.begin(q->id, q->request.sampling, q->request.mask, q->request.drafts);
   } catch (...) {
     const auto given = q->cache != 0 ? q->cache : request.cache;
@@ -157,26 +171,14 @@ SequenceId Engine::submit(Request request) {
   return id;
 }
 
-/** What a brought cache takes while its request waits. One that cannot be computed again cannot give way either, so it has room to grow. */
-int64_t Engine::brought_bytes(const Sequence& q) const {
-  if (q.unknown_tokens == 0) return runner_.info(q.cache).bytes;
-  return runner_.growth_bytes(q.cache, std::nullopt, tokens_to_reserve(q), q.cache_options);
-}
-
-/** Of a cache that cannot give way while it waits. */
-void Engine::check_room_for(const Sequence& q) {
-  const auto bytes = brought_bytes(q);
-  if (make_room(bytes)) return;
-  throw Error(Code::out_of_memory, "cache",
-              fmt::format("takes {:.3f} GB, available are {:.3f} GB, and it cannot be computed again later: its tokens are not known",
-                          static_cast<double>(bytes) / 1e9, static_cast<double>(limits_.memory_bytes - reserved_bytes_) / 1e9));
-}
-
-/** A cache takes its memory from the moment it is brought. */
+/** A cache takes its memory from the moment it is brought. One that cannot be computed again cannot give way either, so it has room to
+ * grow. */
 void Engine::hold_brought_cache(Sequence& q) {
   if (q.cache == 0) return;
-  const auto bytes = brought_bytes(q);
+  const auto tokens = q.replaceable ? 0 : tokens_to_reserve(q);
+  const auto bytes = q.replaceable ? runner_.info(q.cache).bytes : least_bytes(q, tokens);
   if (!make_room(bytes)) return drop_cache(q);
+  q.reserved_tokens = tokens;
   q.reserved_bytes = bytes;
   reserved_bytes_ += bytes;
 }
@@ -384,8 +386,12 @@ void Engine::fail(const StepPlan& plan, const Error& error) {
       auto last = event(*q);
       last.finish = q->ended;
       retire(*q, std::move(last));
-    } else if (alone || q->unknown_tokens > 0) {
+    } else if (alone) {
       fail(*q, error);
+    } else if (!q->replaceable) {
+      fail(*q, Error(error.code(), "cache",
+                     fmt::format("was lost in a step that failed, and cannot be computed again: {}; the step: {}", q->why_not_replaceable(),
+                                 error.what())));
     } else {
       q->suspect_until_tokens = std::max(q->suspect_until_tokens, reached);
       replayed.push_back(q);

@@ -33,10 +33,13 @@ struct Request {
   bool store_at_end = true;             // of this: also what it holds when it ends, and not at its boundaries alone
   std::vector<int> boundaries{};        // prompt positions where a step must end and a copy of the cache is stored for reuse, ascending;
                                         // prompts that begin as this one does up to there wait for the copy
-  CacheId cache = 0;                    // continue from this one; the request owns it from now on, and where memory does not suffice to
-                                        // hold it while the request waits, its tokens are computed again
+  CacheId cache = 0;                    // continue from this one; the request owns it from now on. Where memory does not suffice to hold it
+                                        // while the request waits, and where it is lost (a failed step of others, a lack of memory), its
+                                        // tokens are computed again. That is not possible where they are not known, and where the chunks
+                                        // show that they came in (it is quantized or has a limit): such a cache has room from the
+                                        // beginning, or is refused, and where it is lost the request fails
   // The tokens that it holds; fewer than that = the first ones are not known: penalties and drafts do not see them, nothing is stored for
-  // reuse, and where it cannot be held or is lost (a failed step, a lack of memory) the request fails, for it cannot be computed again.
+  // reuse.
   std::vector<int> cache_tokens{};
   bool keep_cache = false;  // hand the cache over at the end, see Event
 };
@@ -118,7 +121,8 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  /** Throws Error(bad_request); Error(out_of_memory) with both figures when the request can never fit. A cache given is freed then. */
+  /** Throws Error(bad_request); Error(out_of_memory) with both figures when the request can never fit, or brings a cache that cannot be
+   * computed again and does not fit now. A cache given is freed then. */
   SequenceId submit(Request request);
   /** Ends a request wherever it is; its last event comes with the next step. False when it is not known (any more). */
   bool cancel(SequenceId id) { return end(id, Finish::cancelled); }
@@ -147,8 +151,9 @@ class Engine {
   /** Gives up stored prefixes until at most so many bytes are held. */
   void shrink_prefix_cache(int64_t bytes) { release(prefixes_.shrink_to(bytes)); }
   const PrefixCache& prefixes() const { return prefixes_; }
-  /** Prefixes are looked for there, too; those of boundaries are saved at once where memory allows, the others when the engine ends. It
-   * must outlive the engine, or be taken back (null). Nothing without prefix_cache_bytes. */
+  /** Prefixes are looked for there, too. One of a boundary is saved when its copy is made, where memory allows; the copy is left out where
+   * PrefixCache::covers() says that it is needless. What is held when the engine ends is saved then. It must outlive the engine, or be
+   * taken back (null). Nothing without prefix_cache_bytes. */
   void set_store(PrefixStore* store) { store_ = limits_.prefix_cache_bytes > 0 ? store : nullptr; }
 
  private:
@@ -167,21 +172,24 @@ class Engine {
   int prompt_budget(int decode_rows, int held_tokens) const;
   int chunk_of(const Sequence& q, int budget) const;
   int add_row(StepPlan& plan, Sequence& q, int budget) const;
-  enum class Admission { admitted, deferred, failed };
+  enum class Admission { admitted, deferred, overtaken, failed };
   bool may_reuse(const Sequence& q) const;
   bool is_about_to_be_stored(const Sequence& q);
   std::optional<PrefixCache::Hit> find_reusable(const Sequence& q);
   void load_stored(Sequence& q);
-  int64_t brought_bytes(const Sequence& q) const;
-  void check_room_for(const Sequence& q);
+  int64_t least_bytes(const Sequence& q, int64_t tokens) const;
+  void check_memory(const Sequence& q);
   void hold_brought_cache(Sequence& q);
   Admission admit(Sequence& q);
   bool give_up_brought_cache(const Sequence& q);
+  bool has_holder(const Sequence& q) const;
+  bool let_holder_pass(const Sequence& q);
+  bool take_room_for(const Sequence& q);
   bool make_room(int64_t bytes);
   bool make_room_for_prefix(int64_t bytes);
   int64_t unwritten_bytes() const;
   bool has_room_to_save(int64_t bytes) const;
-  bool extend(Sequence& q);
+  void extend(Sequence& q);
   void preempt(Sequence& q);
   void check_result(const StepPlan& plan, const StepResult& result) const;
   void commit_row(Sequence& q, const PlannedRow& row, const RowResult& result);

@@ -150,6 +150,9 @@ class Runner {
    * others stays as large as it is, however little of that is of use. */
   virtual int64_t growth_bytes(CacheId cache, std::optional<int> copied, int64_t tokens, const CacheOptions& options) const = 0;
 
+  /** Whether this cache may be lost: its tokens, computed again in any chunks, give the same. Not so where it is quantized or has a limit.
+   */
+  virtual bool is_replaceable(CacheId cache) const = 0;
   /** Whether what is computed into caches with these options depends, if only by rounding, on the chunks that a prompt comes in, even where
    * nothing is forgotten. */
   virtual bool chunks_show(const CacheOptions& /*options*/) const { return false; }

@@ -49,8 +49,7 @@ int Engine::chunk_of(const Sequence& q, int budget) const {
     // As it would be alone: a prompt in chunks of one size and its last token, what is replayed of the answer token by token.
     if (q.computed_tokens >= q.prompt_tokens) return 1;
     if (!q.fixed_chunks && !q.overflows(q.prompt_tokens)) return std::min(budget, q.prompt_tokens - q.computed_tokens);
-    const int brought = static_cast<int>(q.request.cache_tokens.size()), chunk = limits_.limited_chunk_tokens;
-    if (q.computed_tokens < brought) return std::min(chunk, brought - q.computed_tokens);  // whose cache was lost
+    const int brought = static_cast<int>(q.request.cache_tokens.size()), chunk = limits_.limited_chunk_tokens;  // brought: never replaced
     const int end = brought + ((q.computed_tokens - brought) / chunk + 1) * chunk;
     return std::max(1, std::min(end, q.prompt_tokens - 1) - q.computed_tokens);
   }
@@ -82,11 +81,9 @@ bool Engine::plan_suspect(StepPlan& plan) {
     }
     if (suspect == nullptr && !waiting_.empty() && find(waiting_.front())->suspect_until_tokens > 0) suspect = find(waiting_.front());
     if (suspect == nullptr) return false;
-    if (!suspect->running && admit(*suspect) != Admission::admitted) {
-      // Deferred: those that run will make room, so they go on.
-      if (find(waiting_.empty() ? 0 : waiting_.front()) == suspect) return false;
-      continue;  // failed: the next one
-    }
+    const auto admission = suspect->running ? Admission::admitted : admit(*suspect);
+    if (admission == Admission::failed) continue;
+    if (admission != Admission::admitted) return false;  // those that run, or come before it, will make room
     add_row(plan, *suspect, limits_.prefill_tokens);
     return true;
   }
@@ -95,9 +92,11 @@ bool Engine::plan_suspect(StepPlan& plan) {
 void Engine::plan_decode(StepPlan& plan) {
   for (const auto id : std::vector<SequenceId>(running_)) {
     auto* q = find(id);
-    if (q == nullptr || !q->decoding()) continue;
-    if (static_cast<int64_t>(q->tokens.size()) > q->reserved_tokens && !extend(*q)) continue;
-    add_row(plan, *q, 1);
+    if (q != nullptr && q->running && q->decoding() && static_cast<int64_t>(q->tokens.size()) > q->reserved_tokens) extend(*q);
+  }
+  for (const auto id : running_) {  // as far as they did not give way
+    auto* q = find(id);
+    if (q->decoding()) add_row(plan, *q, 1);
   }
 }
 
@@ -182,7 +181,8 @@ void Engine::plan_prompts(StepPlan& plan, int decode_rows) {
     if (is_about_to_be_stored(*q)) return;
     const auto admission = admit(*q);
     if (admission == Admission::deferred) return;  // nobody overtakes, so that large requests get their turn
-    if (admission == Admission::admitted) add(*q, std::max(1, budget_of(q->computed_tokens)));
+    if (admission == Admission::admitted)
+      add(*q, std::max(1, budget_of(q->computed_tokens)));  // else the next one, which may have overtaken it
   }
 }
 
@@ -214,13 +214,18 @@ uint64_t prefix_space(const CacheOptions& o) {
   return space;
 }
 
+/** The least that so many tokens of it will take: in the cache that it has, or in one that is made for it. */
+int64_t Engine::least_bytes(const Sequence& q, int64_t tokens) const {
+  return q.replaceable ? runner_.cost_bytes(tokens, q.cache_options) : runner_.growth_bytes(q.cache, std::nullopt, tokens, q.cache_options);
+}
+
 int64_t Engine::tokens_to_reserve(const Sequence& q) const {
   const auto held = static_cast<int64_t>(q.tokens.size());
   const auto cap = limits_.max_context_tokens > 0 ? limits_.max_context_tokens : std::numeric_limits<int64_t>::max();
   if (q.request.max_tokens >= 0) return std::min<int64_t>(static_cast<int64_t>(q.prompt_tokens) + q.request.max_tokens, cap);
+  const auto room = limits_.memory_bytes - (q.replaceable ? 0 : reserved_bytes_);  // what cannot give way takes it at once
   for (const auto more : kMoreTokens) {
-    const auto bytes = runner_.cost_bytes(held + more, q.cache_options);
-    if (limits_.memory_bytes == 0 || bytes <= limits_.memory_bytes) return std::min<int64_t>(held + more, cap);
+    if (limits_.memory_bytes == 0 || least_bytes(q, held + more) <= room) return std::min<int64_t>(held + more, cap);
   }
   return held;
 }
@@ -301,15 +306,30 @@ void Engine::load_stored(Sequence& q) {
 bool Engine::give_up_brought_cache(const Sequence& q) {
   for (auto id = waiting_.rbegin(); id != waiting_.rend(); ++id) {
     auto& other = *find(*id);
-    if (&other == &q || other.cache == 0 || other.unknown_tokens > 0) continue;
+    if (&other == &q || other.cache == 0 || !other.replaceable) continue;
     drop_cache(other);
     return true;
   }
   return false;
 }
 
+/** Whether another one waits with a cache that cannot give way. */
+bool Engine::has_holder(const Sequence& q) const {
+  return std::ranges::any_of(waiting_, [&](SequenceId id) { return id != q.id && !find(id)->replaceable; });
+}
+
+/** Nobody runs, and what those in the queue hold leaves no room for q: the first of them has room of its own, so it comes first. */
+bool Engine::let_holder_pass(const Sequence& q) {
+  if (!q.replaceable || !has_holder(q)) return false;
+  const auto holder = std::ranges::find_if(waiting_, [&](SequenceId id) { return !find(id)->replaceable; });
+  const auto id = *holder;
+  waiting_.erase(holder);
+  waiting_.push_front(id);
+  return true;
+}
+
 Engine::Admission Engine::admit(Sequence& q) {
-  const auto tokens = tokens_to_reserve(q);
+  const auto tokens = q.reserved_tokens > 0 ? q.reserved_tokens : tokens_to_reserve(q);  // of a cache that cannot give way: already
   auto bytes =
       q.cache != 0 ? runner_.growth_bytes(q.cache, std::nullopt, tokens, q.cache_options) : runner_.cost_bytes(tokens, q.cache_options);
   if (static_cast<int>(running_.size()) >= limits_.max_sequences) return Admission::deferred;
@@ -322,11 +342,12 @@ Engine::Admission Engine::admit(Sequence& q) {
     // With nobody running there is nothing to wait for but what others have brought, which can be computed again.
     if (!running_.empty()) return Admission::deferred;
     if (give_up_brought_cache(q)) continue;
-    if (q.cache != 0 && q.unknown_tokens == 0) {
+    if (q.cache != 0 && q.replaceable) {
       drop_cache(q);
       bytes = runner_.cost_bytes(tokens, q.cache_options);
       continue;
     }
+    if (let_holder_pass(q)) return Admission::overtaken;
     fail(q, Error(Code::out_of_memory, "prompt",
                   fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB", tokens, static_cast<double>(bytes) / 1e9,
                               static_cast<double>(limits_.memory_bytes) / 1e9)));
@@ -356,35 +377,43 @@ Engine::Admission Engine::admit(Sequence& q) {
   return Admission::admitted;
 }
 
-/** More room for an answer without a limit. False when it had to give way, or ended. */
-bool Engine::extend(Sequence& q) {
-  const auto held = static_cast<int64_t>(q.tokens.size());
-  for (const auto more : kMoreTokens) {
-    const auto bytes = std::max(q.reserved_bytes, runner_.growth_bytes(q.cache, std::nullopt, held + more, q.cache_options));
-    if (!make_room(bytes - q.reserved_bytes)) continue;
-    reserved_bytes_ += bytes - q.reserved_bytes;
-    q.reserved_bytes = bytes;
-    q.reserved_tokens = held + more;
+/** Others give up what can be computed again, for an answer that is alone or cannot give way itself. False when there is no more of that.
+ */
+bool Engine::take_room_for(const Sequence& q) {
+  if (q.replaceable && running_.size() > 1) return false;
+  if (give_up_brought_cache(q)) return true;
+  for (auto id = running_.rbegin(); id != running_.rend(); ++id) {
+    auto& other = *find(*id);
+    if (&other == &q || !other.replaceable) continue;
+    preempt(other);
     return true;
-  }
-  if (running_.size() == 1 && give_up_brought_cache(q)) return extend(q);
-  if (running_.size() > 1) {
-    preempt(q);  // the others will end one day
-  } else {
-    fail(q, Error(Code::out_of_memory, "answer",
-                  fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB", held + 1,
-                              static_cast<double>(runner_.cost_bytes(held + 1, q.cache_options)) / 1e9,
-                              static_cast<double>(limits_.memory_bytes) / 1e9)));
   }
   return false;
 }
 
+/** More room for an answer without a limit; without it the request gives way, or ends. */
+void Engine::extend(Sequence& q) {
+  const auto held = static_cast<int64_t>(q.tokens.size());
+  do {
+    for (const auto more : kMoreTokens) {
+      const auto bytes = std::max(q.reserved_bytes, runner_.growth_bytes(q.cache, std::nullopt, held + more, q.cache_options));
+      if (!make_room(bytes - q.reserved_bytes)) continue;
+      reserved_bytes_ += bytes - q.reserved_bytes;
+      q.reserved_bytes = bytes;
+      q.reserved_tokens = held + more;
+      return;
+    }
+  } while (take_room_for(q));
+  if (q.replaceable && (running_.size() > 1 || has_holder(q))) return preempt(q);  // the others will end one day
+  const auto needed = runner_.growth_bytes(q.cache, std::nullopt, held + 1, q.cache_options);
+  auto what = fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB", held + 1, static_cast<double>(needed) / 1e9,
+                          static_cast<double>(limits_.memory_bytes - reserved_bytes_ + q.reserved_bytes) / 1e9);
+  if (!q.replaceable) what += fmt::format(", and it cannot be computed again later: {}", q.why_not_replaceable());
+  fail(q, Error(Code::out_of_memory, "answer", what));
+}
+
 /** Back to the head of the queue; what was computed is computed again. */
 void Engine::preempt(Sequence& q) {
-  if (q.unknown_tokens > 0) {
-    return fail(
-        q, Error(Code::out_of_memory, "answer", "no more room for its cache, which cannot be computed again: its tokens are not known"));
-  }
   drop_cache(q);
   q.next_boundary = 0;
   q.running = false;

@@ -13,6 +13,7 @@ struct Engine::Sequence {
   int unknown_tokens = 0;     // the first of `tokens`: in a cache that came without them
   int computed_tokens = 0;    // in the cache
   CacheId cache = 0;
+  bool replaceable = true;  // the cache, by what its tokens give computed again; not so, it is kept, or the request ends with it
   CacheOptions cache_options{};
   bool fixed_chunks = false;  // as Runner::chunks_show
   int64_t reserved_bytes = 0, reserved_tokens = 0;
@@ -23,6 +24,9 @@ struct Engine::Sequence {
   bool has_read_store = false;  // once: what was read may have been evicted before there was room for the rest
   Finish ended = Finish::none;  // while its step runs
 
+  const char* why_not_replaceable() const {
+    return unknown_tokens > 0 ? "its tokens are not known" : "what it holds depends on the chunks that its tokens came in";
+  }
   std::span<const int> known_tokens() const { return std::span(tokens).subspan(unknown_tokens); }
   int generated_tokens() const { return static_cast<int>(tokens.size()) - prompt_tokens; }
   int pending_tokens() const { return static_cast<int>(tokens.size()) - computed_tokens; }

@@ -37,14 +37,21 @@ struct Told {
   std::optional<mx::array> logprob{}, logprobs{};
 };
 
-CacheSizes sizes_of(const Options& options, int value_bytes) {
-  return {options.max_kv_size_tokens, value_bytes, options.kv_quantization, options.prefill_step_tokens};
-}
-
-/** An empty cache has no dtype yet: then what the model says. */
-int bytes_of_number(const model::CausalModel& model, const cache::Caches& caches) {
+/** Caches that are quantized already stay so, whatever the options say, and have no floats left. An empty cache has no dtype yet: then what
+ * the model says. */
+CacheSizes sizes_of(const model::CausalModel& model, const Options& options, const cache::Caches& caches) {
   const int bytes = value_bytes(caches);
-  return bytes > 0 ? bytes : model.cache_value_bytes();
+  CacheSizes sizes{options.max_kv_size_tokens, bytes > 0 ? bytes : model.cache_value_bytes(), options.kv_quantization,
+                   options.prefill_step_tokens};
+  for (const auto& c : caches) {
+    const auto* attention = dynamic_cast<const cache::AttentionCache*>(c.get());
+    const auto* rows = attention != nullptr ? dynamic_cast<const cache::QuantizedCache*>(&attention->inner()) : nullptr;
+    if (rows == nullptr) continue;
+    sizes.quantization = {.bits = rows->bits(), .group_size = rows->group_size(), .start_tokens = 0};
+    sizes.prefill_step_tokens = 1;
+    break;
+  }
+  return sizes;
 }
 
 bool is_set(const std::atomic<bool>* cancel) {
@@ -68,17 +75,14 @@ void check_prompt(const model::CausalModel& model, const std::vector<int>& promp
   }
   cache::check_quantization(model.description(), options.kv_quantization);
   if (!caches.empty()) cache::check_fits(caches, model.description());
-  const int64_t tokens = static_cast<int64_t>(prompt.size()) + cache::prompt_tokens(caches);
-  check_available(cache_bytes(model.description(), tokens, sizes_of(options, bytes_of_number(model, caches))) - cache::total_bytes(caches),
-                  tokens);
+  const auto tokens = static_cast<int64_t>(prompt.size());
+  check_available(prompt_bytes(model, tokens, options, caches), tokens + cache::prompt_tokens(caches));
 }
 
 /** After a chunk the caches tell what a number really takes. */
-void check_growth(const arch::Model& model, int64_t tokens_to_come, const Options& options, const cache::Caches& caches) {
-  const int bytes = value_bytes(caches);
-  if (bytes == 0) return;
-  const int64_t tokens = tokens_to_come + cache::prompt_tokens(caches);
-  check_available(cache_bytes(model, tokens, sizes_of(options, bytes)) - cache::total_bytes(caches), tokens);
+void check_growth(const model::CausalModel& model, int64_t tokens_to_come, const Options& options, const cache::Caches& caches) {
+  if (value_bytes(caches) == 0) return;
+  check_available(prompt_bytes(model, tokens_to_come, options, caches), tokens_to_come + cache::prompt_tokens(caches));
 }
 
 /** As in the reference, the last token of a prompt then sees what quantization left of the others, and all that a bounded cache holds. */
@@ -120,7 +124,7 @@ std::optional<int> run_chunks(model::CausalModel& model, const std::vector<int>&
     if (processed < boundary) count = std::min(count, boundary - processed);
     if (is_set(options.cancel) || !run_chunk(model, prompt.data() + processed, count, options, caches)) return std::nullopt;
     processed += count;
-    check_growth(model.description(), total - processed, options, caches);
+    check_growth(model, total - processed, options, caches);
     if (options.on_prefill && (processed < total || whole)) options.on_prefill(processed, total);
   }
   return processed;
@@ -169,7 +173,8 @@ class Generation {
   void validate() const;
   void validate_drafts() const;
   std::optional<Sampled> prefill();
-  Sampled step(const mx::array& tokens);
+  Sampled step(const mx::array& tokens) { return sample_from(model_.run(tokens, {{tokens.shape(0), 1, &caches_}})); }
+  Sampled sample_from(mx::array logits);
   void decode(Sampled current);
   void make_room(int tokens);
   void decode_speculatively(const Sampled& first);
@@ -255,8 +260,8 @@ Told Generation::told(const mx::array& logprobs, const mx::array& token) const {
   return told;
 }
 
-Sampled Generation::step(const mx::array& tokens) {
-  auto logits = model_.run(tokens, {{tokens.shape(0), 1, &caches_}});
+/** After the call that gave the logits. */
+Sampled Generation::sample_from(mx::array logits) {
   cache::quantize_caches(caches_, options_.kv_quantization);
   if (options_.processors.any()) logits = sample::process(logits, history_, options_.processors);
   const auto logprobs = normalized(logits);
@@ -276,13 +281,17 @@ std::optional<Sampled> Generation::prefill() {
   const int count = total - *processed;
   Undo undo(caches_, count, options_.cancel != nullptr);
   const model::StopScope scope(model_, options_.cancel);
-  Sampled first = step(mx::array(prompt_.data() + *processed, {count}, mx::int32));
-  mx::eval(first.arrays());
-  if (cancelled()) {
+  const auto logits = model_.run(mx::array(prompt_.data() + *processed, {count}, mx::int32), {{count, 1, &caches_}});
+  if (options_.cancel != nullptr) {  // before anything is quantized, which there is no way back from
+    mx::eval(logits);
     evaluate_state(caches_);
+  }
+  if (cancelled()) {
     undo.back();
     return std::nullopt;
   }
+  Sampled first = sample_from(logits);
+  mx::eval(first.arrays());
   mx::clear_cache();
   if (drafter_) drafter_->read(history_, options_.cancel);
   if (options_.on_prefill) options_.on_prefill(total, total);
@@ -361,7 +370,7 @@ Response Generation::run(const std::function<bool(const Response&)>& on_response
 /** Before the caches take so many tokens more. */
 void Generation::make_room(int tokens) {
   if (cache::prompt_tokens(caches_) + tokens <= room_tokens_) return;
-  room_tokens_ = check_answer(model_.description(), caches_, tokens, sizes_of(options_, bytes_of_number(model_, caches_)));
+  room_tokens_ = check_answer(model_.description(), caches_, tokens, sizes_of(model_, options_, caches_));
 }
 
 /** The next token is computed while the last one is handed over. */
@@ -449,6 +458,11 @@ bool Generation::draft_and_check(Trail& trail, int last_token) {
 const char* finish_name(Finish finish) {
   constexpr const char* names[] = {"", "stop", "length", "cancelled"};
   return names[static_cast<int>(finish)];
+}
+
+int64_t prompt_bytes(const model::CausalModel& model, int64_t tokens, const Options& options, const cache::Caches& caches) {
+  const auto all = tokens + cache::prompt_tokens(caches);
+  return cache_bytes(model.description(), all, sizes_of(model, options, caches)) - cache::total_bytes(caches);
 }
 
 bool prefill(model::CausalModel& model, const std::vector<int>& prompt, const Options& options, cache::Caches& caches) {

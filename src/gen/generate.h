@@ -64,6 +64,9 @@ double peak_memory_gb();
 /** Ends an evaluation that failed: no work may outlive the caches that it writes to. Thread: the one that owns MLX. */
 void end_evaluation() noexcept;
 
+/** The most bytes that so many tokens of a prompt add to `caches` (none = fresh ones): what must be available before it runs. */
+int64_t prompt_bytes(const model::CausalModel& model, int64_t tokens, const Options& options, const cache::Caches& caches);
+
 /** Runs a prompt through `caches` (made when empty) without sampling anything: they then hold all its tokens. Of `options` it uses the
  * prefill step, the sizes and quantization of caches, on_prefill and cancel. Returns false when it was cancelled. Throws as
  * stream_generate. Reference: mlx_lm/cache_prompt.py, which generates 0 tokens */

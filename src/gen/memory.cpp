@@ -153,10 +153,9 @@ int64_t check_answer(const arch::Model& model, const cache::Caches& caches, int6
 void check_available(int64_t needed_bytes, int64_t tokens, const char* what) {
   const auto free = available_bytes();
   if (!free || needed_bytes <= *free) return;
-  throw Error(
-      Code::out_of_memory, what,
-      fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB; wanted a shorter {}, --kv-bits or a --max-kv-size",
-                  tokens, static_cast<double>(needed_bytes) / 1e9, static_cast<double>(*free) / 1e9, what));
+  throw Error(Code::out_of_memory, what,
+              fmt::format("a cache for {} tokens needs {:.3f} GB, available are {:.3f} GB; wanted a shorter {}, kv_bits or a max_kv_size",
+                          tokens, static_cast<double>(needed_bytes) / 1e9, static_cast<double>(*free) / 1e9, what));
 }
 
 void check_available_for(const std::string& file, int64_t needed_bytes) {

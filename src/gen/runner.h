@@ -31,6 +31,7 @@ class ModelRunner final : public engine::Runner {
   int64_t cost_bytes(int64_t tokens, const engine::CacheOptions& options) const override;
   int64_t growth_bytes(engine::CacheId cache, std::optional<int> copied, int64_t tokens,
                        const engine::CacheOptions& options) const override;
+  bool is_replaceable(engine::CacheId cache) const override;
   bool chunks_show(const engine::CacheOptions& options) const override;
   engine::CacheId reserve(int64_t tokens, const engine::CacheOptions& options) override;
   void adapt(engine::CacheId cache, const engine::CacheOptions& options) override { held(cache).options = options; }

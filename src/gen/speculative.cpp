@@ -12,6 +12,7 @@
 #include <mlx/transforms.h>
 
 #include "base/error.h"
+#include "cache/layer_shape.h"
 #include "cache/prompt_file.h"
 #include "nn/nn.h"
 
@@ -259,7 +260,17 @@ ModelDrafter::ModelDrafter(model::CausalModel& model, int vocab, int max_kv_size
       trail_(model, caches_),
       held_(memory_.held),
       held_surely_(held_.size()) {
-  if (caches_.empty()) caches_ = cache::make_caches(model.description(), max_kv_size_tokens);
+  if (caches_.empty()) {
+    caches_ = cache::make_caches(model.description(), max_kv_size_tokens);
+    held_.clear();
+    held_surely_ = 0;
+    return;
+  }
+  cache::check_fits(caches_, model.description());
+  if (cache::prompt_tokens(caches_) != static_cast<int>(held_.size())) {
+    throw Error(Code::bad_request, "draft memory",
+                fmt::format("its caches hold {} tokens, {} were named", cache::prompt_tokens(caches_), held_.size()));
+  }
 }
 
 ModelDrafter::~ModelDrafter() {

@@ -114,7 +114,8 @@ struct DraftMemory {
 /** Runs a smaller model ahead. Draws with the request's sampler and processors, so that its choices are the target's as often as can be. */
 class ModelDrafter final : public Drafter {
  public:
-  /** `vocab` is the target's: models that share a tokenizer pad it differently. `memory` may hold what an earlier drafter has read. */
+  /** `vocab` is the target's: models that share a tokenizer pad it differently. `memory` may hold what an earlier drafter has read. Throws
+   * Error(bad_request) when its caches cannot be of this model, or hold another number of tokens; it stays as it is then. */
   ModelDrafter(model::CausalModel& model, int vocab, int max_kv_size_tokens, int prefill_step_tokens, sample::Sampler& sampler,
                const sample::ProcessorOptions& processors, DraftMemory* memory = nullptr);
   /** A memory that did not come to finish() is emptied. */

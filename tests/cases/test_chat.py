@@ -33,14 +33,14 @@ def endless(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("endless"), weights=weights)
 
 
-def piped(model, lines, *args, tokens=8):
+def piped(model, lines, *args, tokens=8, env=None):
     """Runs a conversation from a pipe; `lines` is text or bytes."""
     return subprocess.run(
         [PROGRAM, "chat", "--model", str(model), "-m", str(tokens), *map(str, args)],
         input=lines if isinstance(lines, bytes) else lines.encode(),
         capture_output=True,
         timeout=120,
-        env=environment(),
+        env=env or environment(),
         check=False,
     )
 
@@ -197,16 +197,18 @@ def test_memory_that_ends_keeps_the_conversation(tmp_path):
     assert contents(json.loads(file.read_text()), "user") == ["hello", "more"]
 
 
+# Shows only a part of what was said, as templates do that leave out what a model thought.
+STRIPS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.role == 'user' else m.content[:1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 @pytest.mark.parametrize("name", ["nemotron_h", "gemma3_text", "llama4", "falcon_h1"])
 def test_caches_that_cannot_go_back_keep_the_earlier_turns(tmp_path, name):
-    """A template that shows only a part of what was said, as those do that leave out what a model thought."""
-    strips = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.role == 'user' else m.content[:1] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
     model = write_described(tmp_path / "m", name)
     config = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": strips}))
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": STRIPS}))
     lines = [f"message {i} " + "of some length " * 3 for i in range(4)]
     messages = talk(model, tmp_path, "\n".join(lines), "--stats", tokens=12)
     result = piped(model, "\n".join(lines), "--stats", tokens=12)
@@ -217,6 +219,24 @@ def test_caches_that_cannot_go_back_keep_the_earlier_turns(tmp_path, name):
     assert talk(model, tmp_path, f"/load {tmp_path / 'three.json'}\n{lines[3]}", tokens=12) == messages
     back = f"{lines[0]}\n{lines[1]}\nr\n{lines[0]}\n{lines[1]}"
     assert talk(model, tmp_path, back, tokens=12) == messages[:4]
+
+
+def test_snapshots_are_left_out_where_memory_is_short(tmp_path):
+    model = write_described(tmp_path / "m", "gemma3_text")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": STRIPS}))
+    lines = "a long message " * 20 + "\nand more"
+
+    def turns(memory):
+        return piped(model, lines, "--stats", tokens=12, env=environment(MLXLM_MEMORY_BYTES=str(memory)))
+
+    memory = 1 << 14
+    while (tight := turns(memory)).returncode != 0:  # until both turns fit, but not twice the first one
+        assert b"available are" in tight.stderr
+        memory = memory * 6 // 5
+    roomy = turns(memory * 4)
+    assert b"kept" not in tight.stderr and b"kept" in roomy.stderr, (tight.stderr, roomy.stderr)
+    assert tight.stdout == roomy.stdout
 
 
 def test_adapter(model, tmp_path):

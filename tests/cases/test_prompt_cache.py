@@ -140,8 +140,8 @@ def test_bad_input(model, tmp_path):
 
     make_cache(model, file, "--kv-bits", 4, "--kv-group-size", 32, "--quantized-kv-start", 0)
     generate = ["generate", "--prompt-cache-file", file, "-p", END]
-    fails(*generate, "--kv-bits", 8, says=["--kv-bits", "4 bits"])
-    fails(*generate, "--kv-group-size", 64, says=["--kv-group-size", "32"])
+    fails(*generate, "--kv-bits", 8, says=["kv_bits: got 8", "4 bits"])
+    fails(*generate, "--kv-group-size", 64, says=["kv_group_size: got 64", "32"])
     fails(*generate, "--model", other, says=["--model", str(model)])
     data = file.read_bytes()
     for size in (0, 7, 100, len(data) // 2, len(data) - 1):

@@ -185,22 +185,154 @@ TEST(Engine, ABroughtCacheGivesWayToAnAnswerThatGrows) {
   EXPECT_EQ(b.answers[second], alone(r));
 }
 
-/** Memory for a limited cache is reserved for chunks of this size, so what a lost cache held must not come in a larger one. */
-TEST(Engine, ABroughtCacheThatIsLostIsComputedInChunks) {
-  Bench b({.prefill_tokens = 64, .limited_chunk_tokens = 8});
-  Request r{.tokens = prompt_of(5, 1), .max_tokens = 4, .max_kv_size_tokens = 10};
-  r.cache_tokens = prompt_of(60, 2);
-  r.cache = b.runner.reserve(60, {.max_kv_size_tokens = 10});
+/** A request over a cache of `held` tokens that has a limit, so that what it holds depends on the chunks that they came in. */
+Request limited(Bench& b, int held, int salt, int max_kv_size_tokens) {
+  Request r{.tokens = prompt_of(2, salt), .max_tokens = 3, .max_kv_size_tokens = max_kv_size_tokens};
+  r.cache_tokens = prompt_of(held, salt + 50);
+  r.cache = b.runner.reserve(held, {.max_kv_size_tokens = max_kv_size_tokens});
   b.runner.caches.at(r.cache).tokens = r.cache_tokens;
+  return r;
+}
+
+TEST(Engine, ABroughtCacheWhoseChunksShowIsNotComputedAgain) {
+  Bench b({.prefill_tokens = 64, .limited_chunk_tokens = 8});
+  const auto bad = b.submit(limited(b, 60, 1, 10));
+  // Nor one that is to have a limit, nor one that is quantized, whatever the request says of it.
+  const auto bring = [&](const CacheOptions& options, Request r) {
+    r.tokens = prompt_of(5, 1);
+    r.max_tokens = 4;
+    r.cache_tokens = prompt_of(20, 2);
+    r.cache = b.runner.reserve(20, options);
+    b.runner.caches.at(r.cache).tokens = r.cache_tokens;
+    return r;
+  };
+  const auto cut = b.submit(bring({}, {.max_kv_size_tokens = 10}));
+  const auto quantized = b.submit(bring({.kv_bits = 4, .quantized_from_tokens = 20}, {}));
+  const auto later = bring({.kv_bits = 4, .quantized_from_tokens = 21}, {.kv_bits = 4});  // still floats
+  const auto floats = b.submit(later);
+  const auto whole = bring({}, {});
+  const auto good = b.submit(whole);
   b.runner.step_fails = [failed = false](const StepPlan&) mutable { return !std::exchange(failed, true); };
-  const auto id = b.submit(r);
-  b.submit({.tokens = prompt_of(5, 3), .max_tokens = 4});
   b.drain();
   EXPECT_SOUND(b);
-  EXPECT_EQ(b.answers[id], alone(r));
-  for (const auto& plan : b.runner.plans) {
-    for (const auto& row : plan.rows) EXPECT_LE(row.tokens.size(), 8u);
+  for (const auto id : {bad, cut, quantized}) {
+    ASSERT_EQ(b.last.at(id).finish, Finish::failed);
+    EXPECT_EQ(b.last.at(id).error->code(), Code::internal);  // of the step
+    EXPECT_EQ(std::string(b.last.at(id).error->what()),
+              "cache: was lost in a step that failed, and cannot be computed again: what it holds depends on the chunks that its tokens "
+              "came in; the step: step: scripted failure of a step");
   }
+  EXPECT_EQ(b.answers[floats], alone(later));
+  EXPECT_EQ(b.answers[good], alone(whole));
+  EXPECT_TRUE(b.runner.caches.empty());
+}
+
+TEST(Engine, ABroughtCacheWhoseChunksShowKeepsItsRoomOrIsRefused) {
+  Bench b({.max_sequences = 1, .memory_bytes = 1000});
+  const Request first{.tokens = prompt_of(60), .max_tokens = 20};  // 330 bytes
+  std::vector<SequenceId> ids{b.submit(first)};
+  b.step();
+  std::vector<Request> requests{first};
+  for (int i = 1; i < 3; ++i) ids.push_back(b.submit(requests.emplace_back(limited(b, 60, i, 65))));  // 270 bytes each, growth included
+  EXPECT_EQ(b.engine->memory().reserved_bytes, 330 + 2 * 270);
+  try {
+    b.submit(limited(b, 60, 3, 65));
+    ADD_FAILURE() << "there was no room";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), Code::out_of_memory);
+    EXPECT_NE(std::string(error.what()).find("the chunks"), std::string::npos) << error.what();
+  }
+  b.drain();
+  EXPECT_SOUND(b);
+  for (std::size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(b.answers[ids[i]], alone(requests[i])) << i;
+  for (const auto& plan : b.runner.plans) {
+    for (const auto& row : plan.rows) EXPECT_TRUE(row.sequence == ids[0] || row.tokens.size() <= 2) << "computed again";
+  }
+  EXPECT_TRUE(b.runner.caches.empty());
+}
+
+/** Nobody runs, and the first in the queue does not fit beside a cache that cannot give way: its request comes first. */
+TEST(Engine, ABroughtCacheThatCannotGiveWayPasses) {
+  Bench b({.max_sequences = 2, .memory_bytes = 1000});
+  const Request large{.tokens = prompt_of(100), .max_tokens = 100};  // 810 bytes
+  const auto id = b.submit(large);
+  std::vector<Request> requests;
+  std::vector<SequenceId> ids;
+  for (int i = 1; i < 4; ++i) ids.push_back(b.submit(requests.emplace_back(limited(b, 60, i, 65))));
+  b.drain();
+  EXPECT_SOUND(b);
+  for (std::size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(b.answers[ids[i]], alone(requests[i])) << i;
+  ASSERT_FALSE(b.last.at(id).error) << b.last.at(id).error->what();
+  EXPECT_EQ(b.answers[id], alone(large));
+}
+
+/** Also where the first one is replayed after a step that failed. */
+TEST(Engine, ABroughtCacheThatCannotGiveWayPassesWhoIsReplayed) {
+  Bench b({.max_sequences = 2, .memory_bytes = 1000});
+  const Request large{.tokens = prompt_of(100), .max_tokens = 60}, small{.tokens = prompt_of(5), .max_tokens = 4};  // 650 and 46 bytes
+  const auto first = b.submit(large), second = b.submit(small);
+  b.runner.step_fails = [&, failed = false](const StepPlan&) mutable {
+    if (std::exchange(failed, true)) return false;
+    return true;
+  };
+  b.step();
+  EXPECT_EQ(b.engine->running(), 0);
+  std::vector<Request> requests;
+  std::vector<SequenceId> ids;
+  for (int i = 1; i < 4; ++i) ids.push_back(b.submit(requests.emplace_back(limited(b, 60, i, 65))));
+  b.drain();
+  EXPECT_SOUND(b);
+  for (std::size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(b.answers[ids[i]], alone(requests[i])) << i;
+  ASSERT_FALSE(b.last.at(first).error) << b.last.at(first).error->what();
+  EXPECT_EQ(b.answers[first], alone(large));
+  EXPECT_EQ(b.answers[second], alone(small));
+}
+
+/** An answer without a limit over a cache that cannot be computed again: those give way that can. */
+TEST(Engine, WhatCannotBeComputedAgainIsNotPreempted) {
+  Bench b({.max_sequences = 3, .memory_bytes = 2400});
+  const auto cache = b.runner.reserve(60, {});
+  b.runner.caches.at(cache).tokens = prompt_of(60);
+  const Request limitless{.tokens = prompt_of(20, 3), .max_tokens = -1}, short_one{.tokens = prompt_of(20, 4), .max_tokens = 90};
+  const auto other = b.submit(limitless);
+  const auto growing = b.submit({.tokens = {5}, .max_tokens = -1, .cache = cache});
+  const auto third = b.submit(short_one);
+  while (b.answers[growing].size() < 400) {
+    ASSERT_FALSE(b.last.contains(growing)) << b.last.at(growing).error->what();
+    b.step();
+  }
+  EXPECT_FALSE(b.last.contains(other));
+  b.engine->cancel(growing);
+  while (b.answers[other].size() < 150) b.step();
+  b.engine->cancel(other);
+  b.drain();
+  EXPECT_SOUND(b);
+  auto wanted = limitless;
+  wanted.max_tokens = static_cast<int>(b.answers[other].size());
+  EXPECT_EQ(b.answers[other], alone(wanted));
+  EXPECT_EQ(b.answers[third], alone(short_one));
+  wanted = {.tokens = {5}, .max_tokens = static_cast<int>(b.answers[growing].size()), .cache_tokens = prompt_of(60)};
+  EXPECT_EQ(b.answers[growing], alone(wanted));
+}
+
+/** Alone, beside a cache that waits and cannot give way: it lets that one end, and goes on. */
+TEST(Engine, AnAnswerThatGrowsGivesWayToACacheThatCannot) {
+  Bench b({.max_sequences = 1, .memory_bytes = 1000});
+  Request r{.tokens = prompt_of(20), .max_tokens = -1};
+  const auto growing = b.submit(r);
+  b.step();
+  const auto waits = limited(b, 60, 1, 65);
+  const auto second = b.submit(waits);
+  while (b.answers[growing].size() < 200) {
+    ASSERT_FALSE(b.last.contains(growing)) << b.last.at(growing).error->what();
+    b.step();
+  }
+  EXPECT_EQ(b.answers[second], alone(waits));
+  b.engine->cancel(growing);
+  b.drain();
+  EXPECT_SOUND(b);
+  r.max_tokens = static_cast<int>(b.answers[growing].size());
+  EXPECT_EQ(b.answers[growing], alone(r));
 }
 
 }  // namespace

@@ -47,6 +47,11 @@ class ScriptedRunner final : public Runner {
     if (shared == 0) return std::max(held, alone);
     return std::max(held, (copied ? held : c.shared_bytes) + cost_bytes(tokens - shared, o));
   }
+  bool is_replaceable(CacheId cache) const override {
+    const auto& c = caches.at(cache);
+    const bool quantized = c.options.kv_bits > 0 && static_cast<int>(c.tokens.size()) >= c.options.quantized_from_tokens;
+    return c.options.max_kv_size_tokens == 0 && !quantized;
+  }
   CacheId reserve(int64_t, const CacheOptions& options) override {
     if (reserve_fails) throw std::bad_alloc();
     caches[++last] = {{}, options};

@@ -1,5 +1,6 @@
 // Quantized caches: the layout of mx.quantize, growth, rotation, and attention that reads the rows as they lie.
 #include <cmath>
+#include <new>
 #include <random>
 
 #include <fmt/format.h>
@@ -148,6 +149,32 @@ TEST(QuantizedRotatingKvCache, HoldsTheRowsOfThePlainOne) {
   }
 }
 
+/** Where a call of several tokens is said to agree, it leaves the very rows, in the order in which later tokens sum them. */
+TEST(QuantizedRotatingKvCache, OneCallAgreesToTheBit) {
+  const auto token = [](int i) { return noise({1, 2, 1, 32}, 100 + i); };
+  int agreed = 0;
+  for (int before = 0; before < 20; ++before) {
+    for (const int count : {2, 3}) {
+      cache::QuantizedRotatingKvCache one(8, 32, {.max_size = 12}), together(8, 32, {.max_size = 12});
+      for (auto* c : {&one, &together}) {
+        for (int i = 0; i < before; ++i) c->update(token(i), token(i));
+      }
+      if (!together.one_call_agrees(count)) continue;
+      ++agreed;
+      std::vector<mx::array> call;
+      for (int i = before; i < before + count; ++i) {
+        one.update(token(i), token(i));
+        call.push_back(token(i));
+      }
+      const auto x = mx::concatenate(call, 2);
+      together.update(x, x);
+      const auto wanted = one.update(token(50), token(50)), got = together.update(token(50), token(50));
+      EXPECT_TRUE(mx::array_equal(got.first, wanted.first).item<bool>()) << count << " tokens after " << before;
+    }
+  }
+  EXPECT_GT(agreed, 15);
+}
+
 TEST(QuantizeCaches, ConvertsWhenDue) {
   cache::Caches caches;
   caches.push_back(std::make_unique<cache::KvCache>());
@@ -170,8 +197,38 @@ TEST(QuantizeCaches, ConvertsWhenDue) {
   EXPECT_LT(cache::total_bytes(caches), floats / 4);
   EXPECT_NO_THROW(cache::check_prompt_quantization(caches, 4, 32));
   EXPECT_NO_THROW(cache::check_prompt_quantization(caches, 0, 0));
-  EXPECT_THROW(cache::check_prompt_quantization(caches, 8, 0), Error);
+  try {  // the name of the field: the caller may be no command
+    cache::check_prompt_quantization(caches, 8, 0);
+    ADD_FAILURE() << "was accepted";
+  } catch (const Error& e) {
+    EXPECT_STREQ(e.what(), "kv_bits: got 8, but the prompt cache is quantized to 4 bits");
+  }
   EXPECT_THROW(cache::check_prompt_quantization(caches, 4, 64), Error);
+}
+
+/** Cannot be converted, as when memory for it cannot be had. */
+struct Inconvertible final : cache::AttentionCache {
+  std::pair<mx::array, mx::array> update(const mx::array& k, const mx::array& v) override { return {k, v}; }
+  int offset() const override { return 9; }
+  bool trimmable() const override { return true; }
+  int trim(int) override { return 0; }
+  std::vector<mx::array> state() const override { return {}; }
+  int64_t bytes() const override { return 0; }
+  std::unique_ptr<cache::Cache> copy() const override { return std::make_unique<Inconvertible>(); }
+  std::optional<cache::KvShape> shape() const override { return std::nullopt; }
+  bool can_quantize() const override { return true; }
+  std::unique_ptr<cache::AttentionCache> quantized(int, int) const override { throw std::bad_alloc(); }
+};
+
+TEST(QuantizeCaches, AFailureConvertsNone) {
+  cache::Caches caches;
+  caches.push_back(std::make_unique<cache::KvCache>());
+  caches.push_back(std::make_unique<Inconvertible>());
+  const auto x = noise({1, 2, 9, 64}, 1);
+  dynamic_cast<cache::AttentionCache&>(*caches[0]).update(x, x);
+  EXPECT_THROW(cache::quantize_caches(caches, {.bits = 4, .group_size = 32}), std::bad_alloc);
+  ASSERT_NE(dynamic_cast<cache::KvCache*>(caches[0].get()), nullptr);
+  EXPECT_EQ(caches[0]->offset(), 9);
 }
 
 TEST(QuantizeCaches, RefusesWhatCannotBe) {

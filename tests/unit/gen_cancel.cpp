@@ -127,6 +127,27 @@ TEST_P(Stopped, TheCachesAreAsBeforeTheChunk) {
   }
 }
 
+/** Where the last step of a prompt is the one that would convert them, what is stopped there has converted none. */
+TEST(StoppedBeforeItIsQuantized, CachesStayFloats) {
+  for (const bool graph : {false, true}) {
+    const auto model = tiny_model("gemma3_text.f32", graph);
+    const auto prompt = some_tokens(50, model->description().vocab);
+    const gen::Options options{.max_tokens = 6, .prefill_step_tokens = 40, .kv_quantization = {4, 32, 50}, .ignore_eos = true};
+    cache::Caches whole;
+    const auto wanted = answer(*model, prompt, options, whole);
+    std::atomic<bool> flag = false;
+    Interrupted interrupted(*model, flag, 3);
+    auto stoppable = options;
+    stoppable.cancel = &flag;
+    cache::Caches caches;
+    EXPECT_TRUE(answer(interrupted, prompt, stoppable, caches).empty());
+    EXPECT_EQ(interrupted.calls, 3);
+    EXPECT_EQ(cache::prompt_tokens(caches), 49);
+    for (const auto& c : caches) EXPECT_TRUE(dynamic_cast<cache::AttentionCache&>(*c).can_quantize());
+    EXPECT_EQ(answer(*model, {prompt.back()}, options, caches), wanted);
+  }
+}
+
 TEST_P(Stopped, ABatchEndsAndTellsNothingOfTheStep) {
   const auto tokens = some_tokens(300, model_->description().vocab);
   for (const int count : {1, 3}) {  // of three prompts, two have a part of the step that is stopped

@@ -318,6 +318,25 @@ TEST(SeveralCalls, NgramsAreFoundInWhatTheCachesHold) {
   EXPECT_EQ(ask(context), 1);
 }
 
+TEST(SeveralCalls, ADraftModelTakesOnlyItsOwnCaches) {
+  const auto model = tiny_model("llama.f32"), draft = tiny_model("llama.f32", 1), other = tiny_model("qwen3.f32");
+  gen::DraftMemory memory;
+  Options options{.max_tokens = 5, .ignore_eos = true, .draft_model = other.get(), .draft_memory = &memory};
+  const Tokens prompt{1, 2, 3};
+  generate(*model, prompt, options);
+  const auto held = memory.held;
+  ASSERT_FALSE(held.empty());
+  options.draft_model = draft.get();
+  EXPECT_THROW(generate(*model, prompt, options), Error);
+  EXPECT_EQ(memory.held, held);  // and of the right one they still are
+  options.draft_model = other.get();
+  memory.held.pop_back();
+  EXPECT_THROW(generate(*model, prompt, options), Error);
+  memory.held = held;
+  const auto wanted = generate(*model, prompt, {.max_tokens = 5, .ignore_eos = true}).tokens;
+  EXPECT_EQ(generate(*model, prompt, options).tokens, wanted);
+}
+
 TEST(SeveralCalls, ADraftModelReadsOnlyWhatIsNew) {
   for (const std::string name : {"llama.f32", "nemotron_h.f32", "gemma3_text.f32"}) {
     SCOPED_TRACE(name);
