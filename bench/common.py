@@ -100,7 +100,8 @@ def alternate(name, args, contenders, works, about):
             longest = max(longest, time.monotonic() - start)
             print(f"round {number} of {args.rounds}: {time.monotonic() - start:.0f} s", file=sys.stderr)
         medians = {contender: {kind: statistics.median(r[kind] for r in done) for kind in done[0]} for contender, done in rounds.items()}
-        result = {"medians": medians, "rounds": len(rounds[contenders[0]]), **about}
+        best = {contender: {kind: max(r[kind] for r in done) for kind in done[0]} for contender, done in rounds.items()}
+        result = {"medians": medians, "best": best, "rounds": len(rounds[contenders[0]]), **about}
         file.write(json.dumps(result) + "\n")
     partial.rename(output)
     print(f"{about['cpu']}, {args.threads} threads; {title_of(result)}\n\n{table_of(result)}\n\nAll rounds: {output}")
@@ -121,12 +122,15 @@ def row_of(cells):
 
 
 def table_of(result):
-    """Of the medians, the ratios of the first contender to each other below."""
+    """Of the medians, the ratios of the first contender to each other below, and those of the best rounds: what each does when nobody else has the
+    machine."""
     medians = result["medians"]
     (ours, us), *others = medians.items()
     lines = [row_of(["", *us]), "|---" * (len(us) + 1) + "|", row_of([ours, *map(number_of, us.values())])]
     lines += [row_of([name, *(number_of(rates.get(kind)) for kind in us)]) for name, rates in others]
-    for name, rates in others:
-        ratios = ["" if kind.startswith("%") or kind not in rates else f"{us[kind] / rates[kind]:.2f}" for kind in us]
-        lines.append(row_of([f"ratio to {name}", *ratios]))
+    for title, values in (("ratio to", medians), ("best rounds: to", result.get("best", {}))):
+        mine, *rest = values.items() or [(ours, {})]
+        for name, rates in rest:
+            ratios = ["" if kind.startswith("%") or kind not in rates else f"{mine[1][kind] / rates[kind]:.2f}" for kind in us]
+            lines.append(row_of([f"{title} {name}", *ratios]))
     return "\n".join(lines)

@@ -61,6 +61,42 @@ cpu::PackedMatrixPtr some_matrix(int rows, int k, int bits, int group) {
   return cpu::pack_affine({mx::array(words.data(), {rows, k * bits / 32})}, {s}, {s}, bits, group);
 }
 
+std::vector<float> some_floats(int64_t count) {
+  std::vector<float> x(count);
+  for (int64_t i = 0; i < count; ++i) x[i] = static_cast<float>(i % 97) / 97.f - 0.4f;
+  return x;
+}
+
+/** One thread, 4-bit weights that stay in the second cache: what the inner loop alone can do. m, digits, group. */
+void panel(benchmark::State& state) {
+  const int m = static_cast<int>(state.range(0)), digits = static_cast<int>(state.range(1)), group = static_cast<int>(state.range(2));
+  constexpr int k = 576, rows = 1536;
+  const auto w = some_matrix(rows, k, 4, group);
+  if (!cpu::isa().uses_digits) return state.SkipWithError("no dot products of bytes here");
+  const auto x = some_floats(int64_t(m) * k);
+  std::vector<int8_t> d(int64_t(m) * k * digits);
+  std::vector<float> steps(int64_t(m) * k / group), sums(steps.size()), out(int64_t(m) * 16);
+  for (int64_t i = 0; i < m; ++i) {
+    cpu::isa().make_digits(x.data() + i * k, k, group, w->panels.digit_form(), digits, d.data() + i * k * digits,
+                           steps.data() + i * k / group, sums.data() + i * k / group);
+  }
+  cpu::Activations a;
+  a.x = x.data();
+  a.digits = d.data();
+  a.digit_count = digits;
+  a.steps = steps.data();
+  a.sums = a.digit_sums = sums.data();
+  a.k = k;
+  a.groups = k / group;
+  for (auto _ : state) {
+    for (int i = 0; i < w->panel_count(); ++i) cpu::isa().panel(w->panels, w->panel(0, i), a, 0, m, out.data(), 16);
+    benchmark::DoNotOptimize(out.data());
+  }
+  state.SetBytesProcessed(state.iterations() * cpu::packed_bytes(*w));
+  state.counters["flops"] = benchmark::Counter(2.0 * rows * k * m, benchmark::Counter::kIsIterationInvariantRate);
+}
+BENCHMARK(panel)->ArgNames({"m", "digits", "group"})->ArgsProduct({{1, 8, 96}, {1, 2}, {32}})->Unit(benchmark::kMicrosecond);
+
 /** rows, k, bits, group, m; bits 16 = dense float16; group 33 = mxfp4 or mxfp8, 16 = nvfp4. */
 void product(benchmark::State& state) {
   const int rows = static_cast<int>(state.range(0)), k = static_cast<int>(state.range(1)), bits = static_cast<int>(state.range(2));
@@ -70,8 +106,8 @@ void product(benchmark::State& state) {
   std::vector<cpu::EagerMap> maps;
   const int copies = static_cast<int>(std::max<int64_t>(1, (int64_t(96) << 20) / bytes));
   for (int i = 0; i < copies; ++i) maps.push_back({{{i == 0 ? first : some_matrix(rows, k, bits, group), {}}}, rows});
-  std::vector<float> x(int64_t(m) * k, 0.5f), out(int64_t(m) * rows);
-  for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 97) / 97.f - 0.4f;
+  const auto x = some_floats(int64_t(m) * k);
+  std::vector<float> out(int64_t(m) * rows);
   std::size_t next = 0;
   for (auto _ : state) {
     cpu::eager_map(maps[next], m, [&](int row, float* to) { std::copy_n(x.data() + int64_t(row) * k, k, to); }, false, out.data(), rows);
@@ -91,12 +127,6 @@ void shapes(benchmark::internal::Benchmark* b) {
   }
 }
 BENCHMARK(product)->Apply(shapes)->UseRealTime()->Unit(benchmark::kMicrosecond);
-
-std::vector<float> some_floats(int64_t count) {
-  std::vector<float> x(count);
-  for (int64_t i = 0; i < count; ++i) x[i] = static_cast<float>(i % 97) / 97.f - 0.4f;
-  return x;
-}
 
 /** heads, kv_heads, dims, tokens, keys (with the tokens), over float16 or, with bits, quantized keys and values. */
 void attention(benchmark::State& state) {
