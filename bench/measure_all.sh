@@ -52,9 +52,9 @@ llama() {
   make "$name.Q4_0.gguf" "$name" --gguf q4_0
   make "$name.group64" "$name" --group-size 64
   against "$1" "$2" "$title, 4 bit, groups of 32" "$made/$name.Q4_1.gguf" --peer "llama.cpp=$made/$name.Q4_1.gguf" \
-    --peer "llama.cpp Q4_0=$made/$name.Q4_0.gguf" --decode 32 --bandwidth "${@:3}"
+    --peer "llama.cpp Q4_0=$made/$name.Q4_0.gguf" --decode 32 --bandwidth --trials 1 "${@:3}"
   against "$1-group64" 1.5 "$title, 4 bit, groups of 64" "$made/$name.group64" --peer "llama.cpp Q4_0=$made/$name.Q4_0.gguf" \
-    --decode 32 --bandwidth --prefill
+    --decode 32 --bandwidth --trials 1 --prefill
 }
 
 section() {
@@ -65,13 +65,13 @@ section() {
     long)
       for bits in "" 8; do
         local cache=(${bits:+--kv-bits "$bits"}) name=long${bits:+-kv$bits}
-        against "$name" 1 "SmolLM2-135M, 4 bit" "$model" "${fast[@]}" "${cache[@]}" --prefill --context-only --context 4096
-        against "$name-16k" 3 "SmolLM2-135M, 4 bit" "$model" "${fast[@]}" "${cache[@]}" --prefill --context-only --context 16384
+        against "$name" 1 "SmolLM2-135M, 4 bit" "$model" "${fast[@]}" "${cache[@]}" --prefill --context-only --trials 1 --context 4096
+        against "$name-16k" 3 "SmolLM2-135M, 4 bit" "$model" "${fast[@]}" "${cache[@]}" --prefill --context-only --trials 1 --context 16384
       done
       ;;
     1b)
       llama 1b 3 --prefill 32 512
-      against 1b-2048 1 "Llama 1B shape, 4 bit, groups of 32" "$made/llama-1b.Q4_1.gguf" --context-only --prefill 2048 \
+      against 1b-2048 1 "Llama 1B shape, 4 bit, groups of 32" "$made/llama-1b.Q4_1.gguf" --context-only --trials 1 --prefill 2048 \
         --peer "llama.cpp Q4_0=$made/llama-1b.Q4_0.gguf"
       ;;
     3b) llama 3b 1.5 --prefill ;;
