@@ -70,7 +70,7 @@ NewFile::NewFile(std::filesystem::path path)
     : path_(std::move(path)),
       beside_(path_.string() + ".tmp" + std::to_string(::getpid())),
       fd_(::open(beside_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) {
-  if (fd_ < 0) throw io_error(beside_, errno, "open");
+  if (fd_ < 0) throw Error(Code::io, path_.string(), std::string("cannot create: ") + std::strerror(errno));
 }
 
 NewFile::~NewFile() {

@@ -1,10 +1,7 @@
 // .safetensors files: arrays over the mapping, atomic writing.
 #include <fcntl.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 
 #include <mlx/device.h>
 #include <mlx/io.h>
@@ -119,38 +116,14 @@ std::string safetensors_start(const std::string& where, const Tensors& tensors, 
 
 void save_safetensors(const std::filesystem::path& file, const Tensors& tensors, const std::map<std::string, std::string>& metadata) {
   const auto start = safetensors_start(file.string(), tensors, metadata);
-  const std::filesystem::path beside = file.string() + ".tmp" + std::to_string(::getpid());
-  const auto fail = [&](const char* verb) {
-    const int error = errno;
-    ::unlink(beside.c_str());
-    throw Error(Code::io, file.string(), std::string("cannot ") + verb + ": " + std::strerror(error));
-  };
-  const int fd = ::open(beside.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (fd < 0) fail("create");
-  const auto write_all = [&](const char* data, std::size_t size) {
-    while (size > 0) {
-      const ssize_t n = ::write(fd, data, size);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) {
-        ::close(fd);
-        fail("write");
-      }
-      data += n;
-      size -= static_cast<std::size_t>(n);
-    }
-  };
-  write_all(start.data(), start.size());
+  NewFile to(file);
+  to.write(start);
   for (const auto& [name, value] : tensors) {
     auto row = mx::contiguous(value);  // one copy at a time
     mx::eval(row);
-    write_all(row.data<char>(), row.nbytes());
+    to.write({row.data<char>(), row.nbytes()});
   }
-  if (::fsync(fd) != 0) {
-    ::close(fd);
-    fail("write");
-  }
-  ::close(fd);
-  if (::rename(beside.c_str(), file.c_str()) != 0) fail("rename into place");
+  to.put_into_place();
 }
 
 }  // namespace mlxlm::weights

@@ -194,6 +194,23 @@ Request limited(Bench& b, int held, int salt, int max_kv_size_tokens) {
   return r;
 }
 
+using Submitted = std::vector<std::pair<SequenceId, Request>>;
+
+/** Three of them, with growth 270 bytes each. */
+Submitted submit_limited(Bench& b) {
+  Submitted all;
+  for (int i = 1; i < 4; ++i) {
+    auto request = limited(b, 60, i, 65);
+    const auto id = b.submit(request);
+    all.emplace_back(id, std::move(request));
+  }
+  return all;
+}
+
+void expect_as_alone(Bench& b, const Submitted& all) {
+  for (const auto& [id, request] : all) EXPECT_EQ(b.answers[id], alone(request)) << id;
+}
+
 TEST(Engine, ABroughtCacheWhoseChunksShowIsNotComputedAgain) {
   Bench b({.prefill_tokens = 64, .limited_chunk_tokens = 8});
   const auto bad = b.submit(limited(b, 60, 1, 10));
@@ -256,12 +273,10 @@ TEST(Engine, ABroughtCacheThatCannotGiveWayPasses) {
   Bench b({.max_sequences = 2, .memory_bytes = 1000});
   const Request large{.tokens = prompt_of(100), .max_tokens = 100};  // 810 bytes
   const auto id = b.submit(large);
-  std::vector<Request> requests;
-  std::vector<SequenceId> ids;
-  for (int i = 1; i < 4; ++i) ids.push_back(b.submit(requests.emplace_back(limited(b, 60, i, 65))));
+  const auto others = submit_limited(b);
   b.drain();
   EXPECT_SOUND(b);
-  for (std::size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(b.answers[ids[i]], alone(requests[i])) << i;
+  expect_as_alone(b, others);
   ASSERT_FALSE(b.last.at(id).error) << b.last.at(id).error->what();
   EXPECT_EQ(b.answers[id], alone(large));
 }
@@ -277,12 +292,10 @@ TEST(Engine, ABroughtCacheThatCannotGiveWayPassesWhoIsReplayed) {
   };
   b.step();
   EXPECT_EQ(b.engine->running(), 0);
-  std::vector<Request> requests;
-  std::vector<SequenceId> ids;
-  for (int i = 1; i < 4; ++i) ids.push_back(b.submit(requests.emplace_back(limited(b, 60, i, 65))));
+  const auto others = submit_limited(b);
   b.drain();
   EXPECT_SOUND(b);
-  for (std::size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(b.answers[ids[i]], alone(requests[i])) << i;
+  expect_as_alone(b, others);
   ASSERT_FALSE(b.last.at(first).error) << b.last.at(first).error->what();
   EXPECT_EQ(b.answers[first], alone(large));
   EXPECT_EQ(b.answers[second], alone(small));

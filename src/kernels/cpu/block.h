@@ -6,6 +6,9 @@
 
 namespace mlxlm::kernels::cpu {
 
+/** Activation rows that share a pass over a panel: whole twelves, which the kernels take at once. */
+constexpr int rows_at_once = 96;
+
 /** Rows [16 * index, + 16) of a matrix times activation rows [m0, m0 + count): c [count][16]. */
 void multiply_block16(const PackedMatrix& w, int matrix, int index, const Activations& a, int m0, int count, float* c);
 

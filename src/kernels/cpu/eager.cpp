@@ -130,15 +130,14 @@ void store_block(const float* c, int count, int width, const float* bias, float*
 }
 
 void multiply(const PackedMatrix& w, const Activations& a, int m, const float* bias, float* out, int64_t ld_out) {
-  constexpr int m_block = 96;
-  const int panels = w.panel_count(), blocks = (m + m_block - 1) / m_block;
+  const int panels = w.panel_count(), blocks = (m + rows_at_once - 1) / rows_at_once;
   // Few rows: a thread takes a long run of panels, which it reads as one stream.
   const int grain =
       m <= 16 ? std::max(1, panels / (compute_pool().threads() * 6)) : std::max(1, std::min(8, panels / (compute_pool().threads() * 4)));
   const int chunks = (panels + grain - 1) / grain;
   in_parallel(chunks * blocks, [&](int task) {
-    const int chunk = task / blocks, m0 = task % blocks * m_block, count = std::min(m_block, m - m0);
-    alignas(64) float c[m_block * 16];
+    const int chunk = task / blocks, m0 = task % blocks * rows_at_once, count = std::min(rows_at_once, m - m0);
+    alignas(64) float c[rows_at_once * 16];
     for (int index = chunk * grain; index < std::min(panels, (chunk + 1) * grain); ++index) {
       const int first = index * 16, width = std::min(16, w.rows - first);
       if (w.quantized() && width == 16 && bias == nullptr) {
@@ -158,18 +157,17 @@ std::vector<int> by_expert(const int* experts, int total) {
   return order;
 }
 
-/** Rows of `a` in order of their experts, each expert's weights read once for 64 of them; results go to out[order[i]]. `one_row`: all use
- * row 0. */
+/** Rows of `a` in order of their experts, each expert's weights read once for rows_at_once of them; results go to out[order[i]]. `one_row`:
+ * all use row 0. */
 void multiply_experts(const PackedMatrix& w, const Activations& a, const std::vector<int>& order, const int* experts, bool one_row,
                       float* out, int64_t ld_out) {
-  constexpr int m_block = 96;
   struct Run {
     int expert, first, count;
   };
   std::vector<Run> runs;
   for (int i = 0; i < static_cast<int>(order.size()); ++i) {
     const int expert = std::clamp(experts[order[i]], 0, w.matrices - 1);
-    const bool more = !one_row && !runs.empty() && runs.back().expert == expert && runs.back().count < m_block;
+    const bool more = !one_row && !runs.empty() && runs.back().expert == expert && runs.back().count < rows_at_once;
     if (more)
       ++runs.back().count;
     else
@@ -182,7 +180,7 @@ void multiply_experts(const PackedMatrix& w, const Activations& a, const std::ve
   in_parallel(chunks * count, [&](int task) {
     const auto& run = runs[task / chunks];
     const int from = task % chunks * grain;
-    alignas(64) float c[m_block * 16];
+    alignas(64) float c[rows_at_once * 16];
     for (int index = from; index < std::min(panels, from + grain); ++index) {
       multiply_block16(w, run.expert, index, a, one_row ? 0 : run.first, run.count, c);
       const int at = index * 16, width = std::min(16, w.rows - at);

@@ -283,12 +283,16 @@ inline H fp4_codes(H nibbles) {
 #endif
 }
 
-/** Codes [8 * d, + 8) of a group as bytes: those at even and at odd places. `group` points at the piece. */
+/** Codes [8 * d, + 8) of a group as bytes: those at even and at odd places (8 bits: the first four and the others). `group` points at the
+ * piece. */
 template <Format C>
 inline void codes_at(const uint8_t* group, int d, H& even, H& odd) {
   const uint8_t* block = group + (d / 4) * (64 * bits_of(C));
   const int e = d % 4;
-  if constexpr (C == u2 || C == u3) {
+  if constexpr (C == u8) {
+    even = load_codes(group + d * 128);
+    odd = load_codes(group + d * 128 + 64);
+  } else if constexpr (C == u2 || C == u3) {
     const H w = load_codes(block + e / 2 * 64) >> (4 * (e % 2));
     even = w & 0x0303;
     odd = (w >> 2) & 0x0303;
@@ -352,12 +356,7 @@ inline void group_dots(const uint8_t* group, int size, const RowPointers<int8_t,
 #pragma GCC unroll 16
   for (int d = 0; d < size / 8; ++d) {
     H even, odd;
-    if constexpr (bytes) {
-      even = load_codes(group + d * 128);
-      odd = load_codes(group + d * 128 + 64);
-    } else {
-      codes_at<C>(group, d, even, odd);
-    }
+    codes_at<C>(group, d, even, odd);
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i) {
       high[i] = dot<bytes>(high[i], even, four_digits(x_high[i] + d * 8));
@@ -386,13 +385,8 @@ inline void group_dots_joined(const uint8_t* group, int size, const RowPointers<
 #pragma GCC unroll 16
     for (int d = 0; d < size / 8; ++d) {
       H even, odd;
-      if constexpr (bytes) {
-        even = load_codes(group + d * 128);
-        odd = load_codes(group + d * 128 + 64);
-      } else {
-        codes_at<C>(group, d, even, odd);
-        __asm__("" : "+v"(even), "+v"(odd));  // else they are kept for the second pass, in memory
-      }
+      codes_at<C>(group, d, even, odd);
+      if constexpr (!bytes) __asm__("" : "+v"(even), "+v"(odd));  // else they are kept for the second pass, in memory
 #pragma GCC unroll 12
       for (int i = 0; i < R; ++i) {
         sums[i] = dot<bytes>(sums[i], even, four_digits(x[i] + d * 8));

@@ -84,13 +84,12 @@ void run_matmul(const std::vector<mx::array>& in, mx::array& out, const PackedMa
     bias.resize(n);
     Rows(in[1]).load(0, bias.data());
   }
-  constexpr int m_block = 96;
-  const int panels = w.panel_count(), blocks = (m + m_block - 1) / m_block;
+  const int panels = w.panel_count(), blocks = (m + rows_at_once - 1) / rows_at_once;
   const int grain = m == 1 ? std::max(1, panels / (compute_pool().threads() * 8)) : 1;
   const int chunks = (panels + grain - 1) / grain;
   compute_pool().parallel_for(chunks * blocks, [&](int task, int) {
-    const int chunk = task / blocks, m0 = task % blocks * m_block, count = std::min(m_block, m - m0);
-    float* c = scratch(0, int64_t(m_block) * 16);
+    const int chunk = task / blocks, m0 = task % blocks * rows_at_once, count = std::min(rows_at_once, m - m0);
+    float* c = scratch(0, int64_t(rows_at_once) * 16);
     for (int index = chunk * grain; index < std::min(panels, (chunk + 1) * grain); ++index) {
       multiply_block16(w, 0, index, p.a, m0, count, c);
       const int first = index * 16, width = std::min(16, n - first);
