@@ -258,7 +258,7 @@ void test_conversion(const Isa& isa) {
   }
 }
 
-void near(const Isa& isa, const char* what, const std::vector<float>& got, const std::vector<float>& wanted, float allowed) {
+void near(const Isa& isa, const std::string& what, const std::vector<float>& got, const std::vector<float>& wanted, float allowed) {
   for (std::size_t i = 0; i < got.size(); ++i) {
     check(std::abs(got[i] - wanted[i]) <= allowed * (1 + std::abs(wanted[i])),
           std::string(isa.name) + ": " + what + ": got " + std::to_string(got[i]) + ", wanted " + std::to_string(wanted[i]));
@@ -396,6 +396,117 @@ void test_attention(const Isa& isa) {
   }
 }
 
+/** Rows over some blocks of keys; a row sees those in [first, last). */
+struct BlockCase {
+  int rows, keys, key_dims, value_dims;
+  float softcap;
+  std::vector<float> q, k, v;
+  std::vector<int> first, last;
+
+  BlockCase(int rows, int keys, int key_dims, int value_dims, float softcap)
+      : rows(rows),
+        keys(keys),
+        key_dims(key_dims),
+        value_dims(value_dims),
+        softcap(softcap),
+        q(noises(1, int64_t(rows) * key_dims)),
+        k(noises(2, int64_t(keys) * key_dims)),
+        v(noises(3, int64_t(keys) * value_dims)) {
+    for (int r = 0; r < rows; ++r) {
+      first.push_back(r % 5 == 0 ? std::min(r, keys - 1) : 0);
+      last.push_back(r % 7 == 3 ? keys : std::max(first[r] + 1, keys - 2 * (rows - 1 - r)));
+    }
+  }
+
+  struct State {
+    std::vector<float> out, peaks, totals;
+  };
+  State run(const Isa& isa, bool in_lanes) const {
+    const int room = (rows + most_lane_rows - 1) / most_lane_rows * most_lane_rows;
+    State s{std::vector<float>(int64_t(room) * value_dims), std::vector<float>(room, -INFINITY), std::vector<float>(room)};
+    std::vector<float> lanes(int64_t(room) * key_dims), scores(attention_block * most_lane_rows);
+    if (in_lanes) isa.queries_to_lanes(q.data(), rows, key_dims, lanes.data());
+    for (int at = 0; at < keys; at += attention_block) {
+      const int count = std::min(attention_block, keys - at);
+      std::vector<int> from, to;
+      for (int r = 0; r < room; ++r) {
+        from.push_back(std::clamp(first[std::min(r, rows - 1)] - at, 0, count));
+        to.push_back(std::clamp(last[std::min(r, rows - 1)] - at, 0, count));
+      }
+      BlockAttention b{};
+      b.q = q.data();
+      b.q_lanes = in_lanes ? lanes.data() : nullptr;
+      b.k = k.data() + int64_t(at) * key_dims;
+      b.v = v.data() + int64_t(at) * value_dims;
+      b.storage = Storage::f32;
+      b.rows = rows;
+      b.keys = count;
+      b.key_dims = key_dims;
+      b.value_dims = value_dims;
+      b.first = from.data();
+      b.last = to.data();
+      b.softcap = softcap;
+      b.out = s.out.data();
+      b.peaks = s.peaks.data();
+      b.totals = s.totals.data();
+      b.scores = scores.data();
+      isa.attention_block(b);
+    }
+    s.out.resize(int64_t(rows) * value_dims);
+    s.peaks.resize(rows);
+    s.totals.resize(rows);
+    return s;
+  }
+
+  std::vector<float> wanted() const {
+    std::vector<float> out;
+    for (int r = 0; r < rows; ++r) {
+      double total = 0;
+      std::vector<double> sum(value_dims, 0);
+      for (int j = first[r]; j < last[r]; ++j) {
+        double score = 0;
+        for (int i = 0; i < key_dims; ++i) score += double(q[r * key_dims + i]) * k[j * key_dims + i];
+        if (softcap > 0.f) score = std::tanh(score / softcap) * softcap;
+        total += std::exp(score);
+        for (int i = 0; i < value_dims; ++i) sum[i] += std::exp(score) * v[j * value_dims + i];
+      }
+      for (const double s : sum) out.push_back(float(s / total));
+    }
+    return out;
+  }
+};
+
+/** Rows in lanes get the bits that they get by themselves. */
+void test_blocks(const Isa& isa) {
+  const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  };
+  for (const auto& [key_dims, value_dims] : {std::pair{16, 16}, {64, 64}, {80, 48}, {128, 128}}) {
+    for (const int rows : {1, 2, 3, 4, 17, 32, 71}) {
+      for (const int keys : {1, 37, 64, 65, 150}) {
+        for (const float softcap : {0.f, 3.f}) {
+          BlockCase c(rows, keys, key_dims, value_dims, softcap);
+          const auto plain = c.run(isa, false), lanes = c.run(isa, true);
+          auto out = plain.out;
+          for (int r = 0; r < rows; ++r) {
+            for (int i = 0; i < value_dims; ++i) out[r * value_dims + i] /= plain.totals[r];
+          }
+          const std::string what = std::to_string(rows) + " rows, " + std::to_string(keys) + " keys of " + std::to_string(key_dims);
+          near(isa, "blocks of attention, " + what, out, c.wanted(), 2e-5f);
+          check(same(plain.out, lanes.out) && same(plain.peaks, lanes.peaks) && same(plain.totals, lanes.totals),
+                std::string(isa.name) + ": lanes give other bits, " + what);
+          c.k[keys / 2 * key_dims] = NAN;
+          const auto bad = c.run(isa, false), bad_lanes = c.run(isa, true);
+          for (int r = 0; r < rows; ++r) {
+            const bool seen = c.first[r] <= keys / 2 && keys / 2 < c.last[r];
+            check(std::isnan(bad.totals[r]) == seen && std::isnan(bad_lanes.totals[r]) == seen, std::string(isa.name) + ": NaN, " + what);
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace mlxlm::kernels::cpu
 
@@ -409,6 +520,7 @@ int main(int argc, char** argv) {
     cpu::test_conversion(isa);
     cpu::test_rows(isa);
     cpu::test_attention(isa);
+    cpu::test_blocks(isa);
     cpu::test_delta(isa);
     names += " " + std::string(name);
   }

@@ -6,12 +6,18 @@
 
 namespace mlxlm::kernels::cpu {
 
+static int padded(int count, int to) {
+  return (count + to - 1) / to * to;
+}
+
 void RowState::reset(int rows, int dims) {
+  rows = padded(rows, most_lane_rows);
   out = buffer.get(int64_t(rows) * dims + 2 * rows);
   peaks = out + int64_t(rows) * dims;
   totals = peaks + rows;
-  std::fill(peaks, peaks + rows, -INFINITY);
-  std::fill(totals, totals + rows, 0.f);  // `out` is written by the first block that a row sees
+  std::fill(out, peaks, 0.f);
+  std::fill(peaks, totals, -INFINITY);
+  std::fill(totals, totals + rows, 0.f);
 }
 
 TileWorkspace& tile_workspace() {
@@ -19,8 +25,8 @@ TileWorkspace& tile_workspace() {
   return w;
 }
 
-BlockTile::BlockTile(int first_row, int rows, int rows_per_token, int visible, int window)
-    : first_row_(first_row), rows_(std::min(most_rows, rows - first_row)) {
+BlockTile::BlockTile(int first_row, int end_row, int rows_per_token, int visible, int window)
+    : first_row_(first_row), rows_(end_row - first_row) {
   for (int r = 0; r < rows_; ++r) {
     last_[r] = visible + (first_row + r) / rows_per_token;
     first_[r] = window > 0 ? std::max(0, last_[r] - window) : 0;
@@ -30,9 +36,14 @@ BlockTile::BlockTile(int first_row, int rows, int rows_per_token, int visible, i
 }
 
 void BlockTile::set_dims(int key_dims, int value_dims) {
-  const auto padded = [](int dims) { return (dims + 15) / 16 * 16; };
-  key_dims_ = padded(key_dims);
-  value_dims_ = padded(value_dims);
+  key_dims_ = padded(key_dims, 16);
+  value_dims_ = padded(value_dims, 16);
+}
+
+void BlockTile::load_queries(TileWorkspace& w) const {
+  float* q = w.q.get(int64_t(rows_) * key_dims_);
+  load_queries(q);
+  if (in_lanes()) isa().queries_to_lanes(q, rows_, key_dims_, w.q_lanes.get(int64_t(padded(rows_, most_lane_rows)) * key_dims_));
 }
 
 void BlockTile::run() const {
@@ -62,33 +73,31 @@ void BlockTile::merge(const std::unique_ptr<RowState>* spans) const {
 void BlockTile::run_span(TileWorkspace& w, int span, RowState& result) const {
   result.reset(rows_, value_dims_);
   const int end = std::min(to_, (span + 1) * span_keys);
-  for (int at = std::max(from_ / attention_block * attention_block, span * span_keys); at < end; at += attention_block) {
-    run_block(w, at, std::min(attention_block, end - at));
-    add(w.block, result);
-  }
+  for (int at = std::max(from_ / attention_block * attention_block, span * span_keys); at < end; at += attention_block)
+    run_block(w, at, std::min(attention_block, end - at), result);
 }
 
-void BlockTile::run_block(TileWorkspace& w, int at, int count) const {
+void BlockTile::run_block(TileWorkspace& w, int at, int count, RowState& state) const {
   int first[most_rows], last[most_rows];
-  for (int r = 0; r < rows_; ++r) {
-    first[r] = std::clamp(first_[r] - at, 0, count);
-    last[r] = std::clamp(last_[r] - at, 0, count);
+  for (int r = 0; r < padded(rows_, most_lane_rows); ++r) {
+    const int row = std::min(r, rows_ - 1);  // of rows that are not there nobody asks
+    first[r] = std::clamp(first_[row] - at, 0, count);
+    last[r] = std::clamp(last_[row] - at, 0, count);
   }
-  w.block.reset(rows_, value_dims_);
   BlockAttention b{};
   load_block(w, at, count, b);
   b.q = w.q.get(0);
+  if (in_lanes()) b.q_lanes = w.q_lanes.get(0);
   b.rows = rows_;
   b.keys = count;
   b.key_dims = key_dims_;
   b.value_dims = value_dims_;
   b.first = first;
   b.last = last;
-  b.out = w.block.out;
-  b.peaks = w.block.peaks;
-  b.totals = w.block.totals;
-  b.scores = w.scores.get(4 * attention_block);
-  b.spare = w.spare.get(value_dims_);
+  b.out = state.out;
+  b.peaks = state.peaks;
+  b.totals = state.totals;
+  b.scores = w.scores.get(attention_block * most_lane_rows);
   isa().attention_block(b);
 }
 

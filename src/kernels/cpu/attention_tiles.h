@@ -21,15 +21,15 @@ struct RowState {
 
 /** A thread's own memory. */
 struct TileWorkspace {
-  FloatBuffer q, k, v, scores, spare;
-  RowState block, span, total;
+  FloatBuffer q, q_lanes, k, v, scores;
+  RowState span, total;
 };
 TileWorkspace& tile_workspace();
 
 /** Query rows, in order of their tokens, that are worked on together. What keys and values look like is the derived class's. */
 class BlockTile {
  public:
-  static constexpr int most_rows = 32, span_keys = 512;  // 8 blocks
+  static constexpr int few_rows = 32, most_rows = 96, span_keys = 512;  // 8 blocks
 
   int rows() const { return rows_; }
   int spans() const { return end_span() - first_span(); }
@@ -44,8 +44,9 @@ class BlockTile {
   void merge(const std::unique_ptr<RowState>* spans) const;
 
  protected:
-  /** Row r is of token (first_row + r) / rows_per_token; the first token sees `visible` keys, of those only the last `window` if > 0. */
-  BlockTile(int first_row, int rows, int rows_per_token, int visible, int window);
+  /** Rows [first_row, end_row), at most most_rows. Row r is of token r / rows_per_token; the first token sees `visible` keys, of those only
+   * the last `window` if > 0. */
+  BlockTile(int first_row, int end_row, int rows_per_token, int visible, int window);
   BlockTile(const BlockTile&) = default;
   ~BlockTile() = default;
   /** In floats; the kernels want whole vectors. */
@@ -58,12 +59,15 @@ class BlockTile {
   /** A row is its `out` over its total. */
   virtual void store_rows(const RowState& state) const = 0;
 
+  /** Many rows are worked on in lanes; keys and values are floats then. */
+  bool in_lanes() const { return rows_ >= 16 && key_dims_ <= 256; }
+
   int first_row_, rows_, key_dims_ = 0, value_dims_ = 0;
 
  private:
-  void load_queries(TileWorkspace& w) const { load_queries(w.q.get(int64_t(rows_) * key_dims_)); }
+  void load_queries(TileWorkspace& w) const;
   void run_span(TileWorkspace& w, int span, RowState& result) const;
-  void run_block(TileWorkspace& w, int at, int count) const;
+  void run_block(TileWorkspace& w, int at, int count, RowState& state) const;
   void add(const RowState& from, RowState& to) const;
 
   int from_, to_;

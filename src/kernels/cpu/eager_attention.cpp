@@ -11,8 +11,9 @@ namespace {
 /** Rows (token, head of the group) of a kv head. */
 class Tile final : public BlockTile {
  public:
-  Tile(const EagerAttention& s, const AttentionShape& shape, int kv_head, int first_row)
-      : BlockTile(first_row, shape.heads / shape.kv_heads * s.tokens, shape.heads / shape.kv_heads, s.visible, s.window),
+  Tile(const EagerAttention& s, const AttentionShape& shape, int kv_head, int first_row, int rows)
+      : BlockTile(first_row, std::min(shape.heads / shape.kv_heads * s.tokens, first_row + rows), shape.heads / shape.kv_heads, s.visible,
+                  s.window),
         s_(s),
         shape_(shape),
         kv_head_(kv_head),
@@ -115,19 +116,24 @@ class Tile final : public BlockTile {
 
 void eager_attention(const std::vector<EagerAttention>& sequences, const AttentionShape& shape) {
   TileTasks tasks;
-  int64_t work = 0;
+  int64_t work = 0, tiles = 0;
   const int group = shape.heads / shape.kv_heads;
+  for (const auto& s : sequences) {
+    work += int64_t(s.tokens) * s.visible;
+    tiles += int64_t(group) * s.tokens * shape.kv_heads / BlockTile::most_rows;
+  }
+  // A large tile converts keys and values for more rows; smaller ones keep more threads busy.
+  const int rows = tiles >= 4 * compute_pool().threads() ? BlockTile::most_rows : BlockTile::few_rows;
   for (int i = 0; i < static_cast<int>(sequences.size()); ++i) {
     const auto& s = sequences[i];
-    work += int64_t(s.tokens) * s.visible;
     // One tile a head does not keep all threads busy: long contexts are cut.
-    const bool may_be_cut = group * s.tokens <= BlockTile::most_rows;
-    for (int row = 0; row < group * s.tokens; row += BlockTile::most_rows) {
-      for (int h = 0; h < shape.kv_heads; ++h) tasks.add(Tile(s, shape, h, row), {i, h, row}, may_be_cut);
+    const bool may_be_cut = group * s.tokens <= BlockTile::few_rows;
+    for (int row = 0; row < group * s.tokens; row += rows) {
+      for (int h = 0; h < shape.kv_heads; ++h) tasks.add(Tile(s, shape, h, row, rows), {i, h, row}, may_be_cut);
     }
   }
   // A small step is over before another thread has taken it up.
-  tasks.run([&](const auto& t) { return Tile(sequences[t.sequence], shape, t.kv_head, t.first_row); }, work * shape.heads < 400);
+  tasks.run([&](const auto& t) { return Tile(sequences[t.sequence], shape, t.kv_head, t.first_row, rows); }, work * shape.heads < 400);
 }
 
 void eager_embedding(const PackedMatrix& table, int64_t n, float* out) {

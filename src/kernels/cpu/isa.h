@@ -63,16 +63,20 @@ struct AttentionTile {
 /** Keys of a block: a row's softmax is done block by block and merged in order, so it depends on the positions alone. */
 constexpr int attention_block = 64;
 
-/** `rows` queries over one block of at most 64 keys. Dims are multiples of 16, padded with zeros; q is scaled. */
+/** Rows that are worked on in lanes come in multiples of this; memory of rows has room for as many. */
+constexpr int most_lane_rows = 32;
+
+/** `rows` queries over one more block of at most 64 keys. Dims are multiples of 16, padded with zeros; q is scaled. */
 struct BlockAttention {
-  const float* q;     // [rows][key_dims]
-  const void *k, *v;  // [keys][key_dims], [keys][value_dims]
-  Storage storage;    // of k and v
+  const float* q;                  // [rows][key_dims]
+  const float* q_lanes = nullptr;  // by queries_to_lanes, for many rows; keys and values are floats then. Null = q, a few rows
+  const void *k, *v;               // [keys][key_dims], [keys][value_dims]
+  Storage storage;                 // of k and v
   int rows, keys, key_dims, value_dims;
   const int *first, *last;  // [rows]: a row sees keys [first, last) of the block
   float softcap;
-  float *out, *peaks, *totals;  // [rows][value_dims] not yet divided, [rows], [rows]
-  float *scores, *spare;        // 4 * 64, value_dims
+  float *out, *peaks, *totals;  // of the blocks so far, and then of this one, too: [rows][value_dims] not yet divided, [rows], [rows]
+  float* scores;                // 64 * most_lane_rows
 };
 
 /** Rows of affine quantized numbers: `bits` 2, 3, 4, 5, 6 or 8, as one little-endian stream of bits a row. */
@@ -118,7 +122,9 @@ struct Isa {
   void (*dense)(const void* w, Storage storage, int64_t row_stride, int count, const float* x, int m, int k, float* c, int64_t ldc);
   void (*attention)(const AttentionTile& t);
   void (*attention_block)(const BlockAttention& b);
-  /** Adds a block's result to a row's. */
+  /** q [rows][dims] in the order of BlockAttention::q_lanes, padded with zeros to a multiple of most_lane_rows rows at most. */
+  void (*queries_to_lanes)(const float* q, int rows, int dims, float* to);
+  /** Adds a span's result to a row's. */
   void (*merge_rows)(float* peak, float* total, float* out, float new_peak, float new_total, const float* more, int dims);
   /** x [heads][width], rotated in place; cosines and sines [pairs], `scale` multiplies the rotated dims first. */
   void (*rope)(float* x, int heads, int width, const float* cosines, const float* sines, int pairs, bool traditional, float scale);

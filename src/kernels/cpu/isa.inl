@@ -151,13 +151,12 @@ inline float max_lane(F v) {
   return vmax(v, swap1(v))[0];
 }
 
-inline F vexp(F x) {
-  x = select(x < -87.3f, set(-87.3f), x);
-  const F z = x * 1.44269504f;
-  const I n = __builtin_convertvector(z + select(z < 0.f, set(-0.5f), set(0.5f)), I);
-  const F fn = __builtin_convertvector(n, F);
-  F r = x - fn * 0.693359375f;
-  r = r - fn * -2.12194440e-4f;
+/** e^x for x in [-87.3, 88]; elsewhere anything, and a NaN for one. */
+__attribute__((always_inline)) inline F vexp_inside(F x) {
+  const F z = x * 1.44269504f + 12582912.f;  // rounds to a whole number, which is in the low bits of z
+  const F n = z - 12582912.f;
+  F r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
   F p = set(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -165,8 +164,16 @@ inline F vexp(F x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 0.5f;
   p = p * (r * r) + (r + 1.f);
-  return select(x > 88.f, set(INFINITY), p * (F)((n + 127) << 23));
+  return p * (F)(((U)z << 23) + 0x3F800000u);
 }
+
+inline F vexp(F x) {
+  x = select(x < -87.3f, set(-87.3f), x);
+  return select(x > 88.f, set(INFINITY), vexp_inside(x));
+}
+
+/** e^x of a softmax, where x is at most 0: zero below the normal numbers. */
+inline F vexp_weight(F x) { return select(x < -87.3f, F{}, vexp_inside(x)); }
 
 inline float exp_one(float x) {
   const F v = vexp(set(x));
@@ -475,7 +482,7 @@ void gelu_tanh_mul_kernel(const float* gate, const float* up, float* out, int64_
 
 const Isa& MLXLM_ISA_FUNCTION() {
   static constexpr Isa table = {MLXLM_ISA_NAME,   has_digits,           panel_kernel,    make_digits_kernel, group_sums_kernel, dense_kernel,
-                                attention_kernel, attention_block_kernel, merge_rows_kernel, rope_kernel, add_scaled_kernel, dequantize_kernel, load_kernel,
+                                attention_kernel, attention_block_kernel, queries_to_lanes_kernel, merge_rows_kernel, rope_kernel, add_scaled_kernel, dequantize_kernel, load_kernel,
                                 store_kernel,     rms_norm_kernel,  silu_mul_kernel, sigmoid_mul_kernel, multiply_kernel, gelu_tanh_mul_kernel,
                                 row_max_kernel,   exps_kernel,      scan_kernel,     delta_kernel,    convolve_kernel};
   return table;

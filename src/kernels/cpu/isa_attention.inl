@@ -63,13 +63,15 @@ void block_scores(const float* const* q, BlockRows k, int keys, int dims, float*
   }
 }
 
-/** out[r][0..dims) = sum_j p[r][j] * v[j]. */
-template <Storage S, int R>
-void block_values(const float* const* p, BlockRows v, int keys, int dims, float* const* out) {
+/** out[r][0..dims) += sum_j p[r][j * STEP] * v[j], key by key. */
+template <Storage S, int R, int STEP>
+void add_values(const float* const* p, BlockRows v, int keys, int dims, float* const* out) {
   int d = 0;
   for (; d + 64 <= dims; d += 64) {
     F acc[R][4];
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = F{};
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < 4; ++n) acc[r][n] = load(out[r] + d + 16 * n);
+    }
     for (int j = 0; j < keys; ++j) {
       const int64_t at = j * v.stride + d;
       prefetch_next_block<S>(v.data, at);
@@ -77,7 +79,7 @@ void block_values(const float* const* p, BlockRows v, int keys, int dims, float*
       const F v0 = load_any(v.data, S, at), v1 = load_any(v.data, S, at + 16), v2 = load_any(v.data, S, at + 32), v3 = load_any(v.data, S, at + 48);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const float w = p[r][j];
+        const float w = p[r][j * STEP];
         acc[r][0] += v0 * w;
         acc[r][1] += v1 * w;
         acc[r][2] += v2 * w;
@@ -90,10 +92,10 @@ void block_values(const float* const* p, BlockRows v, int keys, int dims, float*
   }
   for (; d < dims; d += 16) {
     F acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = F{};
+    for (int r = 0; r < R; ++r) acc[r] = load(out[r] + d);
     for (int j = 0; j < keys; ++j) {
       const F row = load_any(v.data, S, j * v.stride + d);
-      for (int r = 0; r < R; ++r) acc[r] += row * p[r][j];
+      for (int r = 0; r < R; ++r) acc[r] += row * p[r][j * STEP];
     }
     for (int r = 0; r < R; ++r) store(out[r] + d, acc[r]);
   }
@@ -103,41 +105,49 @@ inline F lane_numbers(int from) {
   return F{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + float(from);
 }
 
-/** Scores of a row to exp(score - peak) over keys [first, last) of the block, 0 elsewhere. */
-void block_softmax(float* s, int keys, int first, int last, float softcap, float* peak, float* total) {
+inline F with_softcap(F x, float softcap) {
+  return softcap * (1.f - 2.f / (vexp(x * (2.f / softcap)) + 1.f));
+}
+
+/** What was weighed against `old` is worth so much against `now`. */
+inline F worth(F old, F now) { return select(old == now, set(1.f), vexp(old - now)); }
+
+/** By itself, so that no compiler joins this product with the sums that follow. */
+__attribute__((noinline)) void rescale(float* out, float by, int dims) {
+  for (int d = 0; d < dims; d += 16) store(out + d, load(out + d) * by);
+}
+
+/** Scores of a row to e^(score - peak), 0 for keys outside [first, last); the row's peak, total and out so far become those against the
+ * new peak. `keys` is a multiple of 16. */
+void row_weights(float* s, int keys, int first, int last, float softcap, float* peak, float* total, float* out, int dims) {
   const F none = set(-INFINITY);
-  if (first <= 0 && last >= keys && softcap <= 0.f) {  // no key is masked: the same without the masks
-    F best = none;
-    for (int j = 0; j < keys; j += 16) best = vmax(load(s + j), best);
-    *peak = max_lane(best);
-    F t = F{};
-    for (int j = 0; j < keys; j += 16) {
-      const F e = vexp(load(s + j) - *peak);
-      store(s + j, e);
-      t += e;
-    }
-    *total = sum(t);
-    return;
-  }
   F best = none;
-  for (int j = 0; j < keys; j += 16) {
-    F x = load(s + j);
-    if (softcap > 0.f) x = softcap * (1.f - 2.f / (vexp(x * (2.f / softcap)) + 1.f));
-    const F at = lane_numbers(j);
-    x = select((at >= float(first)) & (at < float(last)), x, none);
-    store(s + j, x);
-    best = vmax(x, best);
+  if (first <= 0 && last >= keys && softcap <= 0.f) {  // no key is masked: the same without the masks
+    for (int j = 0; j < keys; j += 16) best = vmax(load(s + j), best);
+  } else {
+    for (int j = 0; j < keys; j += 16) {
+      F x = load(s + j);
+      if (softcap > 0.f) x = with_softcap(x, softcap);
+      const F at = lane_numbers(j);
+      x = select((at >= float(first)) & (at < float(last)), x, none);
+      store(s + j, x);
+      best = vmax(x, best);
+    }
   }
-  *peak = max_lane(best);
-  const bool any = last > first;
+  const float block_peak = max_lane(best), now = block_peak > *peak ? block_peak : *peak, from = now == -INFINITY ? 0.f : now;
   F t = F{};
   for (int j = 0; j < keys; j += 16) {
-    const F x = load(s + j), at = lane_numbers(j);
-    const F e = select((at >= float(first)) & (at < float(last)), vexp(x - *peak), F{});
+    const F e = vexp_weight(load(s + j) - from);
     store(s + j, e);
     t += e;
   }
-  *total = any ? sum(t) : 0.f;
+  F by = set(1.f);
+  if (now != *peak) {
+    by = worth(set(*peak), set(now));
+    rescale(out, by[0], dims);
+    *peak = now;
+  }
+  *total = (set(*total) * by + sum(t))[0];
 }
 
 template <Storage S, int R>
@@ -145,44 +155,32 @@ void block_rows(const BlockAttention& b, int r0) {
   const float* q[R];
   float *s[R], *out[R];
   for (int r = 0; r < R; ++r) {
-    // A missing row repeats the first one into the scratch of its own.
-    const int row = r0 + r < b.rows ? r0 + r : r0;
-    q[r] = b.q + int64_t(row) * b.key_dims;
+    q[r] = b.q + int64_t(r0 + r) * b.key_dims;
     s[r] = b.scores + r * attention_block;
-    out[r] = r0 + r < b.rows ? b.out + int64_t(r0 + r) * b.value_dims : b.spare;
+    out[r] = b.out + int64_t(r0 + r) * b.value_dims;
   }
   block_scores<S, R>(q, {b.k, b.key_dims}, b.keys, b.key_dims, s);
   const int whole = (b.keys + 15) / 16 * 16;
-  for (int r = 0; r < R && r0 + r < b.rows; ++r) {
-    block_softmax(s[r], whole, b.first[r0 + r], b.last[r0 + r], b.softcap, b.peaks + r0 + r, b.totals + r0 + r);
-  }
   for (int r = 0; r < R; ++r) {
-    if (r0 + r >= b.rows) memset(s[r], 0, attention_block * 4);
+    const int row = r0 + r;
+    row_weights(s[r], whole, b.first[row], b.last[row], b.softcap, b.peaks + row, b.totals + row, out[r], b.value_dims);
   }
-  block_values<S, R>(const_cast<const float* const*>(s), {b.v, b.value_dims}, b.keys, b.value_dims, out);
+  add_values<S, R, 1>(const_cast<const float* const*>(s), {b.v, b.value_dims}, b.keys, b.value_dims, out);
 }
 
 template <Storage S>
 void block_of(const BlockAttention& b) {
-  for (int r = 0; r < b.rows;) {
-    const int left = b.rows - r;
-    if (left >= 4) {
-      block_rows<S, 4>(b, r);
-      r += 4;
-    } else if (left == 3) {
-      block_rows<S, 3>(b, r);
-      r += 3;
-    } else if (left == 2) {
-      block_rows<S, 2>(b, r);
-      r += 2;
-    } else {
-      block_rows<S, 1>(b, r);
-      r += 1;
-    }
-  }
+  int r = 0;
+  for (; r + 4 <= b.rows; r += 4) block_rows<S, 4>(b, r);
+  if (b.rows - r == 3) return block_rows<S, 3>(b, r);
+  if (b.rows - r == 2) return block_rows<S, 2>(b, r);
+  if (b.rows - r == 1) return block_rows<S, 1>(b, r);
 }
 
+#include "kernels/cpu/isa_attention_lanes.inl"
+
 void attention_block_kernel(const BlockAttention& b) {
+  if (b.q_lanes != nullptr) return block_in_lanes(b);
   if (b.storage == Storage::f32) return block_of<Storage::f32>(b);
   if (b.storage == Storage::f16) return block_of<Storage::f16>(b);
   block_of<Storage::bf16>(b);

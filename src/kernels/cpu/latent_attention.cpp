@@ -12,7 +12,9 @@ namespace {
 class Tile final : public BlockTile {
  public:
   Tile(const LatentAttention& s, const LatentShape& shape, int first_row)
-      : BlockTile(first_row, shape.heads * s.tokens, shape.heads, s.visible, s.window), s_(s), shape_(shape) {
+      : BlockTile(first_row, std::min(shape.heads * s.tokens, first_row + few_rows), shape.heads, s.visible, s.window),
+        s_(s),
+        shape_(shape) {
     set_dims(shape.latent_dims + shape.more_dims, shape.latent_dims);
   }
 
@@ -69,8 +71,8 @@ void eager_latent_attention(const std::vector<LatentAttention>& sequences, const
   for (int i = 0; i < static_cast<int>(sequences.size()); ++i) {
     const int rows = shape.heads * sequences[i].tokens;
     // A long prompt has tiles enough; a single token has one or two, whose contexts are cut.
-    const bool may_be_cut = rows <= 4 * BlockTile::most_rows;
-    for (int row = 0; row < rows; row += BlockTile::most_rows) tasks.add(Tile(sequences[i], shape, row), {i, 0, row}, may_be_cut);
+    const bool may_be_cut = rows <= 4 * BlockTile::few_rows;
+    for (int row = 0; row < rows; row += BlockTile::few_rows) tasks.add(Tile(sequences[i], shape, row), {i, 0, row}, may_be_cut);
   }
   tasks.run([&](const auto& t) { return Tile(sequences[t.sequence], shape, t.first_row); }, false);
 }
